@@ -1,0 +1,180 @@
+"""fastlora itself, as one more contender: what cannot be imported, built or run becomes a reason."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Case
+from benchmarks.contenders import Built, Contender, Missing, Observed
+from benchmarks.oracle import MASK_SEED, Drop, Inputs
+
+_SEED = 20260101
+
+
+def _package() -> Any:
+    try:
+        import fastlora
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Missing(f"fastlora cannot be imported: {error}") from error
+    return fastlora
+
+
+def _layer(case: Case, inputs: Inputs, adapter_dtype: torch.dtype) -> Any:
+    package = _package()
+    name = "QLoraLinear" if case.quant else "LoraLinear"
+    kind = getattr(package, name, None)
+    if kind is None:
+        raise Missing(f"fastlora has no {name}")
+    n, k = inputs.w.shape
+    linear = nn.Linear(k, n, bias=False, device="meta", dtype=inputs.w.dtype)
+    linear.weight = nn.Parameter(inputs.w.clone(), requires_grad=False)
+    layer = kind.from_linear(
+        linear,
+        r=case.r,
+        lora_alpha=case.alpha,
+        lora_dropout=case.p,
+        use_dora=case.dora,
+        adapter_dtype=adapter_dtype,
+    ).train(case.train)
+    with torch.no_grad():
+        layer.lora_A["default"].copy_(inputs.a)
+        layer.lora_B["default"].copy_(inputs.b)
+        if case.dora:
+            layer.lora_magnitude["default"].copy_(inputs.mag)
+    return layer
+
+
+def _leaves(case: Case, layer: Any) -> dict[str, Tensor]:
+    leaves = {"da": layer.lora_A["default"], "db": layer.lora_B["default"]}
+    if case.dora:
+        leaves["dmag"] = layer.lora_magnitude["default"]
+    return leaves
+
+
+def _observe(layer: Any, p: float, x: Tensor) -> Observed:
+    """The layer's own forward; its decisions come from the specification, on the seed it must have drawn."""
+    if p == 0:
+        return Observed(layer(x))
+    from fastlora.math import philox
+
+    torch.manual_seed(_SEED)
+    y = layer(x)
+    torch.manual_seed(_SEED)
+    seed = torch.ops.fastlora.draw_seed(x.device)
+    m, k = x.shape
+    bits = philox.dropout_bits(seed, 0, m, k, p, device=x.device)
+    return Observed(y, Drop(philox.unpack_bits(bits, k), philox.keep_scale(p)))
+
+
+def _explain(case: Case, layer: Any) -> str:
+    return str(layer.explain(case.m, case.dtype)) if hasattr(layer, "explain") else ""
+
+
+def _build(case: Case, inputs: Inputs, copies: int, same_dtype: bool) -> Built:
+    layers = [_layer(case, inputs, case.dtype if same_dtype else torch.float32) for _ in range(copies)]
+    return Built(
+        layers,
+        [_leaves(case, layer) for layer in layers],
+        observe=functools.partial(_observe, layers[0], case.p),
+        note=_explain(case, layers[0]),
+    )
+
+
+def _quantized(case: Case, inputs: Inputs) -> Any:
+    quantize = getattr(getattr(_package(), "functional", None), "quantize", None)
+    if quantize is None:
+        raise Missing("fastlora has no functional.quantize")
+    return quantize(inputs.w, "nf4", 64, double_quant=True)
+
+
+def _build_dequantize(case: Case, inputs: Inputs, copies: int) -> Built:
+    weights = [_quantized(case, inputs) for _ in range(copies)]
+    calls = [functools.partial(lambda weight, _: weight.dequantize(case.dtype), weight) for weight in weights]
+    return Built(list(calls), [{} for _ in range(copies)])
+
+
+def _build_norm(case: Case, inputs: Inputs, copies: int) -> Built:
+    weights = [_quantized(case, inputs) for _ in range(copies)]
+    norm = getattr(_package().functional, "dora_weight_norm", None)
+    if norm is None:
+        raise Missing("fastlora has no functional.dora_weight_norm")
+    calls = [
+        functools.partial(lambda weight, _: norm(weight, inputs.a, inputs.b, case.scale), weight) for weight in weights
+    ]
+    return Built(list(calls), [{} for _ in range(copies)])
+
+
+def _build_function(case: Case, inputs: Inputs, copies: int) -> Built:
+    """`functional.lora_linear` or `qlora_linear` on plain tensors."""
+    functional = _package().functional
+    linear = functional.qlora_linear if case.quant else functional.lora_linear
+    layers, leaves = [], []
+    for _ in range(copies):
+        weight = _quantized(case, inputs) if case.quant else inputs.w.clone()
+        given = {"da": inputs.a, "db": inputs.b} | ({"dmag": inputs.mag} if inputs.mag is not None else {})
+        own = {name: value.clone().requires_grad_(case.train) for name, value in given.items()}
+        call = functools.partial(_call, linear, weight, own, case)
+        layers.append(call)
+        leaves.append(own)
+    return Built(layers, leaves, observe=functools.partial(_observe, layers[0], case.p))
+
+
+def _call(linear: Any, weight: Any, own: dict[str, Tensor], case: Case, x: Tensor) -> Tensor:
+    p = case.p if case.train else 0.0
+    return linear(x, weight, own["da"], own["db"], case.scale, dropout_p=p, magnitude=own.get("dmag"))
+
+
+def _build_quantize(case: Case, inputs: Inputs, copies: int) -> Built:
+    quantize = _package().functional.quantize
+    weights = [inputs.w.clone() for _ in range(copies)]
+
+    def observe(_: Tensor) -> Observed:
+        """What its bytes stand for, decoded by the reference."""
+        from fastlora.math import nf4
+
+        return Observed(nf4.dequantize(quantize(weights[0], "nf4", 64, case.nested).pack(), torch.float32))
+
+    layers = [functools.partial(lambda w, _: quantize(w, "nf4", 64, case.nested).packed, w) for w in weights]
+    return Built(list(layers), [{} for _ in range(copies)], observe=observe)
+
+
+def _build_mask(case: Case, inputs: Inputs, copies: int) -> Built:
+    """The packed decision, as the layers save it."""
+    _package()
+    seed = torch.tensor([MASK_SEED], device=inputs.w.device)
+
+    def draw(_: Tensor) -> Tensor:
+        return torch.ops.fastlora.dropout_mask(seed, 0, case.m, case.k, case.p, "")
+
+    def observe(x: Tensor) -> Observed:
+        from fastlora.math import philox
+
+        return Observed(philox.unpack_bits(draw(x), case.k))
+
+    return Built([draw] * copies, [{} for _ in range(copies)], observe=observe)
+
+
+def function() -> Contender:
+    """The functional form, in the place of the layers."""
+    return Contender("fastlora", "ours", lambda case: case.op == "linear", _build_function)
+
+
+def ours() -> list[Contender]:
+    """fastlora's layers with fp32 adapters (the default) and with 16-bit ones, and its ops."""
+    return [
+        Contender("fastlora", "ours", lambda case: case.op == "linear", functools.partial(_build, same_dtype=False)),
+        Contender(
+            "fastlora-16bit",
+            "ours",
+            lambda case: case.op == "linear" and case.dtype.itemsize == 2 and case.train,
+            functools.partial(_build, same_dtype=True),
+        ),
+        Contender("fastlora", "ours", lambda case: case.op == "dequantize", _build_dequantize),
+        Contender("fastlora", "ours", lambda case: case.op == "dora_norm", _build_norm),
+        Contender("fastlora", "ours", lambda case: case.op == "quantize", _build_quantize),
+        Contender("fastlora", "ours", lambda case: case.op == "dropout_mask", _build_mask),
+    ]

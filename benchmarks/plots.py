@@ -1,0 +1,97 @@
+"""PNG plots of a report; without matplotlib there are none and the report says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_COLOURS = {
+    "floor": "#9e9e9e",
+    "bitsandbytes": "#bcaaa4",
+    "peft": "#90caf9",
+    "peft-16bit": "#1976d2",
+    "unsloth": "#ffb74d",
+    "fastlora": "#2e7d32",
+    "fastlora-16bit": "#81c784",
+}
+
+
+def draw(report: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:
+    """Write the plots.
+
+    Returns:
+        their file names, and the reason when there are none.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        return [], f"matplotlib cannot be imported: {error}"
+    cases = {case["name"]: case for case in report["cases"]}
+    training = [name for name, case in cases.items() if case["op"] == "linear" and case["train"]]
+    decoding = [name for name, case in cases.items() if case["op"] == "linear" and not case["train"]]
+    mode = "graph_forward_ms" if report["mode"] == "gpu" else "forward_ms"
+    pictures = {
+        "training.png": (training, _ratios(report, training, "step_ms"), "forward + backward over the frozen floor"),
+        "decode.png": (decoding, _ratios(report, decoding, mode), "forward over a dense nn.Linear"),
+        "memory.png": (training, _bytes(report, training), "bytes kept for the backward, MiB"),
+    }
+    written = []
+    for name, (labels, series, title) in pictures.items():
+        if not any(value is not None for values in series.values() for value in values):
+            continue
+        figure = _bars(pyplot, report, cases, labels, series, title)
+        figure.savefig(folder / name, dpi=110)
+        pyplot.close(figure)
+        written.append(name)
+    return written, None if written else "no number to plot"
+
+
+def _names(report: dict[str, Any], labels: list[str]) -> list[str]:
+    return list(dict.fromkeys(row["contender"] for row in report["rows"] if row["case"] in labels))
+
+
+def _ratios(report: dict[str, Any], labels: list[str], mode: str) -> dict[str, list[float | None]]:
+    found = {entry["case"]: entry["judged_on"].get(mode, {}).get("ratio_to_floor", {}) for entry in report["summary"]}
+    return {name: [found[label].get(name) for label in labels] for name in _names(report, labels)}
+
+
+def _bytes(report: dict[str, Any], labels: list[str]) -> dict[str, list[float | None]]:
+    found = {(row["case"], row["contender"]): row["saved_bytes"] for row in report["rows"]}
+    series: dict[str, list[float | None]] = {}
+    for name in _names(report, labels):
+        values = [found.get((label, name)) for label in labels]
+        series[name] = [None if value is None else value / 2**20 for value in values]
+    return series
+
+
+def _bars(
+    pyplot: Any,
+    report: dict[str, Any],
+    cases: dict[str, Any],
+    labels: list[str],
+    series: dict[str, list[float | None]],
+    title: str,
+) -> Any:
+    """Grouped bars, one group a case; our targets as ticks where the plot shows ratios."""
+    figure, axes = pyplot.subplots(figsize=(max(7.0, 1.5 * len(labels) + 2), 5.0), layout="constrained")
+    width = 0.8 / max(1, len(series))
+    for index, (name, values) in enumerate(series.items()):
+        spots = [group - 0.4 + (index + 0.5) * width for group in range(len(labels))]
+        axes.bar(spots, [value or 0.0 for value in values], width, label=name, color=_COLOURS.get(name))
+    if "over" in title:
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_ylabel("time / floor time (lower is better)")
+        for group, label in enumerate(labels):
+            target = cases[label]["target"]
+            if target:
+                bound = target["bound"] if target["metric"] == "ratio_to_floor" else 1 / target["bound"]
+                axes.hlines(bound, group - 0.45, group + 0.45, color="red", linestyle="dotted")
+    gpu = (report["environment"]["gpu"] or {}).get("name", "CPU")
+    dry = "DRY RUN, tiny shapes, not a measurement: " if report["mode"] == "dry" else ""
+    axes.set_title(f"{dry}{title}\n{gpu}, torch {report['environment']['packages']['torch']}", fontsize=10)
+    axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
+    axes.legend(fontsize=8, ncols=2)
+    return figure

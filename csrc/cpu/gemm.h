@@ -1,0 +1,122 @@
+// The one matrix kernel. Lanes run over a "panel" of up to 2 W columns (tokens, or features where a gradient reduces
+// over tokens), rows over scalars that are broadcast from a decoded weight tile:
+//     C[row][lane] += sum_d P[d][lane] * w[row, d]
+// PAIR: P and w hold two bf16 a 32-bit unit and d counts units.
+#ifndef FASTLORA_CPU_GEMM_H
+#define FASTLORA_CPU_GEMM_H
+
+namespace {
+
+enum {
+    PANEL = 2 * W,  // lanes of a full panel
+    DEPTH = 256,    // reduction units of one decoded tile
+    LD = DEPTH + 16,  // row stride of a forward tile: not a power of two, so rows do not share cache sets
+    FEATURES_FWD = 96, FEATURES_BWD = 192,  // multiples of every tier's ROWS_T1 and ROWS_T2
+    LANES = 128,    // columns of one piece of a gradient that reduces over tokens
+};
+
+// Row r of w starts at w + r * RS; the reduction steps by `step`.
+template <int R, int T, int RS, bool PAIR>
+static void micro(const float* p, int64_t ldp, const float* w, int64_t step, int64_t depth, float* c, int64_t ldc) {
+    vf acc[R][T];
+    FL_UNROLL
+    for (int i = 0; i < R; ++i) {
+        FL_UNROLL
+        for (int j = 0; j < T; ++j) acc[i][j] = vload(c + i * ldc + j * W);
+    }
+    for (int64_t d = 0; d < depth; ++d, p += ldp, w += step) {
+        vf x[T];
+        FL_UNROLL
+        for (int j = 0; j < T; ++j) x[j] = vload(p + j * W);
+        FL_UNROLL
+        for (int i = 0; i < R; ++i) {
+            const vf s = vset1(w[i * RS]);
+            FL_UNROLL
+            for (int j = 0; j < T; ++j) acc[i][j] = PAIR ? vdot(x[j], s, acc[i][j]) : vfma(x[j], s, acc[i][j]);
+        }
+    }
+    FL_UNROLL
+    for (int i = 0; i < R; ++i) {
+        FL_UNROLL
+        for (int j = 0; j < T; ++j) vstore(c + i * ldc + j * W, acc[i][j]);
+    }
+}
+
+// All rows of a tile with one panel of `width` lanes (W or 2 W); `rows` is rounded up, so C and w are padded.
+template <int RS, bool PAIR>
+static void tile_times_panel(const float* p, int64_t width, const float* w, int64_t step, int64_t depth, float* c,
+                             int64_t rows) {
+    if (width == PANEL)
+        for (int64_t i = 0; i < rows; i += ROWS_T2)
+            micro<ROWS_T2, 2, RS, PAIR>(p, PANEL, w + i * RS, step, depth, c + i * PANEL, PANEL);
+    else
+        for (int64_t i = 0; i < rows; i += ROWS_T1)
+            micro<ROWS_T1, 1, RS, PAIR>(p, W, w + i * RS, step, depth, c + i * W, W);
+}
+
+// The same for the r rows of an adapter (a multiple of ROWS_ADAPTER), fp32, w stored [depth][rows].
+static void adapter_times_panel(const float* p, int64_t ldp, int64_t width, const float* w, int64_t step, int64_t depth,
+                                float* c, int64_t ldc, int64_t rows) {
+    for (int64_t i = 0; i < rows; i += ROWS_ADAPTER) {
+        if (width == PANEL) micro<ROWS_ADAPTER, 2, 1, false>(p, ldp, w + i, step, depth, c + i * ldc, ldc);
+        else micro<ROWS_ADAPTER, 1, 1, false>(p, ldp, w + i, step, depth, c + i * ldc, ldc);
+    }
+}
+
+// --- conversions of row segments -------------------------------------------------------------------------------------
+
+static void to_f32(const void* src, int64_t dtype, int64_t from, int64_t count, float* dst) {
+    int64_t i = 0;
+    if (dtype == F32) {
+        memcpy(dst, (const float*)src + from, (size_t)count * 4);
+        return;
+    }
+    const uint16_t* p = (const uint16_t*)src + from;
+    if (dtype == BF16)
+        for (; i + W <= count; i += W) vstore(dst + i, vload_bf16(p + i));
+    else
+        for (; i + W <= count; i += W) vstore(dst + i, vload_f16(p + i));
+    for (; i < count; ++i) dst[i] = to_f32_one(p, dtype, i);
+}
+
+static void from_f32(const float* src, int64_t count, void* dst, int64_t dtype, int64_t from) {
+    int64_t i = 0;
+    if (dtype == F32) {
+        memcpy((float*)dst + from, src, (size_t)count * 4);
+        return;
+    }
+    uint16_t* p = (uint16_t*)dst + from;
+    if (dtype == BF16)
+        for (; i + W <= count; i += W) vstore_bf16(p + i, vload(src + i));
+    else
+        for (; i + W <= count; i += W) vstore_f16(p + i, vload(src + i));
+    for (; i < count; ++i) from_f32_one(src[i], p, dtype, i);
+}
+
+// dst[i] = the mask's bit `from + i` ? src[i] : 0; `bits` is the row's first byte. src may be dst.
+static void apply_mask(const float* src, const uint8_t* bits, int64_t from, int64_t count, float* dst) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t column = from + i;
+        const uint32_t keep = 0u - ((bits[column >> 3] >> (column & 7)) & 1u);
+        dst[i] = float_of(bits_of(src[i]) & keep);
+    }
+}
+
+// Rows [tokens][count] (row stride ld, 4-byte units) -> panel [count][width]; lanes beyond `tokens` are 0.
+static void to_panel(const float* rows, int64_t ld, int64_t tokens, int64_t count, int64_t width, float* dst) {
+    for (int64_t d = 0; d < count; ++d)
+        for (int64_t t = 0; t < tokens; ++t) dst[d * width + t] = rows[t * ld + d];
+    if (tokens < width)
+        for (int64_t d = 0; d < count; ++d)
+            for (int64_t t = tokens; t < width; ++t) dst[d * width + t] = 0;
+}
+
+// C [rows][width] -> row-major [tokens][ld].
+static void from_panel(const float* c, int64_t rows, int64_t width, int64_t tokens, float* dst, int64_t ld) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < rows; ++i) dst[t * ld + i] = c[i * width + t];
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,44 @@
+// Everything one tier consists of; a tier_*.cpp defines TIER, chooses a vec_*.h and includes this last.
+#include "gemm.h"
+#include "weight.h"
+#include "quantize.h"
+#include "team.h"
+#include "forward.h"
+#include "backward.h"
+#include "norm.h"
+#ifdef FL_SKINNY
+#include "skinny.h"
+#endif
+
+namespace {
+
+// bf16 pairs only where the CPU multiplies them; elsewhere everything is fp32 inside.
+static bool pairs(const Args& args) { return HAS_PAIR && args.dtype == BF16; }
+
+static int64_t forward_floats(Shared& s) {
+#ifdef FL_SKINNY
+    if (Skinny::fits(s.args)) return shared_floats<Skinny>(s);
+#endif
+    return pairs(s.args) ? shared_floats<Forward<HAS_PAIR>>(s) : shared_floats<Forward<false>>(s);
+}
+static void forward(Shared& s) {
+#ifdef FL_SKINNY
+    if (Skinny::fits(s.args)) return work<Skinny>(s);
+#endif
+    pairs(s.args) ? work<Forward<HAS_PAIR>>(s) : work<Forward<false>>(s);
+}
+static int64_t backward_floats(Shared& s) {
+    return pairs(s.args) ? shared_floats<Backward<HAS_PAIR>>(s) : shared_floats<Backward<false>>(s);
+}
+static void backward(Shared& s) { pairs(s.args) ? work<Backward<HAS_PAIR>>(s) : work<Backward<false>>(s); }
+static int64_t norm_floats(Shared& s) { return shared_floats<Norm>(s); }
+static void norm(Shared& s) { work<Norm>(s); }
+
+static const Tier tier = {
+    quantize, quantize_absmax, dequantize, mask_rows,
+    {forward_floats, forward}, {backward_floats, backward}, {norm_floats, norm},
+};
+
+}  // namespace
+
+const Tier* TIER() { return &tier; }

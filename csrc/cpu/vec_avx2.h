@@ -1,0 +1,120 @@
+// AVX2 with FMA and F16C: eight fp32 lanes.
+#ifndef FASTLORA_CPU_VEC_AVX2_H
+#define FASTLORA_CPU_VEC_AVX2_H
+
+#include <immintrin.h>
+
+#include "common.h"
+
+namespace {
+
+typedef __m256 vf;
+enum { W = 8, ROWS_T2 = 6, ROWS_T1 = 12, ROWS_ADAPTER = 4, HAS_PAIR = 0 };
+
+FL_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
+FL_INLINE void vstore(float* p, vf v) { _mm256_storeu_ps(p, v); }
+FL_INLINE vf vset1(float v) { return _mm256_set1_ps(v); }
+FL_INLINE vf vzero() { return _mm256_setzero_ps(); }
+FL_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
+FL_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+FL_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+FL_INLINE vf vdot(vf, vf, vf c) { return c; }
+FL_INLINE float vsum(vf v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+FL_INLINE vf vload_bf16(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+FL_INLINE vf vload_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+FL_INLINE void vstore_bf16(uint16_t* p, vf v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i r = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), nan);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+}
+FL_INLINE void vstore_f16(uint16_t* p, vf v) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// Streaming stores are weakly ordered: other threads may read the output only after this.
+FL_INLINE void stream_fence() { _mm_sfence(); }
+
+// --- decode ----------------------------------------------------------------------------------------------------------
+
+struct Codes {
+    const float* code;
+    explicit Codes(const float* c) : code(c) {}
+};
+
+// Sixteen nibbles of eight bytes in natural order, one a byte.
+FL_INLINE __m128i nibbles_of(const uint8_t* p) {
+    const __m128i v = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
+    return _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(v, 4), mask), _mm_and_si128(v, mask));
+}
+
+template <bool STREAM>
+FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, float* dst) {
+    const vf scale = _mm256_set1_ps(absmax);
+    const vf low = _mm256_mul_ps(_mm256_loadu_ps(codes.code), scale), high = _mm256_mul_ps(_mm256_loadu_ps(codes.code + 8), scale);
+    const uint8_t* p = packed + (flat >> 1);
+    if (!STREAM && (flat & 1)) {
+        if (count < 1) return;
+        *dst++ = codes.code[*p++ & 15] * absmax;
+        --count;
+    }
+    for (; count >= 16; count -= 16, p += 8, dst += 16) {
+        const __m128i n = nibbles_of(p);
+        for (int half = 0; half < 2; ++half) {
+            const __m256i i = _mm256_cvtepu8_epi32(half ? _mm_srli_si128(n, 8) : n);
+            const vf pick = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));  // bit 3 of the index chooses the half
+            const vf v = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i), pick);
+            if (STREAM) _mm256_stream_ps(dst + 8 * half, v);
+            else _mm256_storeu_ps(dst + 8 * half, v);
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) dst[i] = codes.code[i & 1 ? p[i >> 1] & 15 : p[i >> 1] >> 4] * absmax;
+}
+
+// Sixteen-entry byte tables: the low and the high byte of each rounded entry.
+template <bool STREAM>
+FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, int64_t dtype,
+                       uint16_t* dst) {
+    const vf scale = _mm256_set1_ps(absmax);
+    alignas(32) uint16_t table[16];
+    for (int i = 0; i < 16; i += 8) {
+        const vf v = _mm256_mul_ps(_mm256_loadu_ps(codes.code + i), scale);
+        if (dtype == BF16) vstore_bf16(table + i, v);
+        else vstore_f16(table + i, v);
+    }
+    const __m128i a = _mm_load_si128((const __m128i*)table), b = _mm_load_si128((const __m128i*)(table + 8));
+    const __m128i byte = _mm_set1_epi16(255);
+    const __m128i low = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+    const __m128i high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+    const uint8_t* p = packed + (flat >> 1);
+    if (!STREAM && (flat & 1)) {
+        if (count < 1) return;
+        *dst++ = table[*p++ & 15];
+        --count;
+    }
+    for (; count >= 16; count -= 16, p += 8, dst += 16) {
+        const __m128i n = nibbles_of(p), l = _mm_shuffle_epi8(low, n), h = _mm_shuffle_epi8(high, n);
+        if (STREAM) {
+            _mm_stream_si128((__m128i*)dst, _mm_unpacklo_epi8(l, h));
+            _mm_stream_si128((__m128i*)(dst + 8), _mm_unpackhi_epi8(l, h));
+        } else {
+            _mm_storeu_si128((__m128i*)dst, _mm_unpacklo_epi8(l, h));
+            _mm_storeu_si128((__m128i*)(dst + 8), _mm_unpackhi_epi8(l, h));
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) dst[i] = table[i & 1 ? p[i >> 1] & 15 : p[i >> 1] >> 4];
+}
+
+}  // namespace
+
+#include "portable.h"
+
+#endif

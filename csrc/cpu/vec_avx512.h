@@ -1,0 +1,226 @@
+// AVX-512 (F, BW, VL, DQ; with FL_BF16 also AVX512_BF16): sixteen fp32 lanes.
+#ifndef FASTLORA_CPU_VEC_AVX512_H
+#define FASTLORA_CPU_VEC_AVX512_H
+
+#include <immintrin.h>
+
+#include "common.h"
+
+namespace {
+
+typedef __m512 vf;
+#define FL_SKINNY
+enum { W = 16, ROWS_T2 = 12, ROWS_T1 = 24, ROWS_ADAPTER = 8 };
+#ifdef FL_BF16
+enum { HAS_PAIR = 1 };
+#else
+enum { HAS_PAIR = 0 };
+#endif
+
+FL_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+FL_INLINE void vstore(float* p, vf v) { _mm512_storeu_ps(p, v); }
+FL_INLINE vf vset1(float v) { return _mm512_set1_ps(v); }
+FL_INLINE vf vzero() { return _mm512_setzero_ps(); }
+FL_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+FL_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+FL_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+FL_INLINE float vsum(vf v) { return _mm512_reduce_add_ps(v); }
+
+// c + a[2i] * b[2i] + a[2i+1] * b[2i+1]; lanes hold two bf16.
+FL_INLINE vf vdot(vf a, vf b, vf c) {
+#ifdef FL_BF16
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#else
+    (void)a, (void)b;
+    return c;
+#endif
+}
+
+FL_INLINE vf vload_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+FL_INLINE vf vload_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+// fp32 -> bf16 in the low half of each lane, to nearest even, NaN made quiet.
+FL_INLINE __m512i round_bf16(vf v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+    return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+FL_INLINE __m256i round_f16(vf v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FL_INLINE void vstore_bf16(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round_bf16(v))); }
+FL_INLINE void vstore_f16(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, round_f16(v)); }
+
+// Streaming stores are weakly ordered: other threads may read the output only after this.
+FL_INLINE void stream_fence() { _mm_sfence(); }
+
+// --- decode ----------------------------------------------------------------------------------------------------------
+
+struct Codes {
+    const float* code;
+    vf table;
+    explicit Codes(const float* c) : code(c), table(_mm512_loadu_ps(c)) {}
+};
+
+// The permutes read index bits 0-3 only, so nibbles need no masking.
+FL_INLINE __m512i bytes_of(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+
+template <bool STREAM>
+FL_INLINE void put(void* dst, __m512i v) {
+    if (STREAM) _mm512_stream_si512((__m512i*)dst, v);
+    else _mm512_storeu_si512(dst, v);
+}
+
+// `count` elements of one block from flat position `flat`. STREAM: dst is 64-byte aligned and count a multiple of 32.
+template <bool STREAM>
+FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, float* dst) {
+    const vf table = _mm512_mul_ps(codes.table, _mm512_set1_ps(absmax));
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const uint8_t* p = packed + (flat >> 1);
+    if (!STREAM && (flat & 1)) {
+        if (count < 1) return;
+        *dst++ = codes.code[*p++ & 15] * absmax;
+        --count;
+    }
+    for (; count >= 32; count -= 32, p += 16, dst += 32) {
+        const __m512i v = bytes_of(p);
+        const vf low = _mm512_permutexvar_ps(v, table), high = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), table);
+        put<STREAM>(dst, _mm512_castps_si512(_mm512_permutex2var_ps(high, first, low)));
+        put<STREAM>(dst + 16, _mm512_castps_si512(_mm512_permutex2var_ps(high, second, low)));
+    }
+    if (count > 0) {
+        const __mmask16 some = (__mmask16)((1u << ((count + 1) >> 1)) - 1);
+        const __m512i v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, p));
+        const vf low = _mm512_permutexvar_ps(v, table), high = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), table);
+        const uint32_t keep = (1u << count) - 1;
+        _mm512_mask_storeu_ps(dst, (__mmask16)keep, _mm512_permutex2var_ps(high, first, low));
+        _mm512_mask_storeu_ps(dst + 16, (__mmask16)(keep >> 16), _mm512_permutex2var_ps(high, second, low));
+    }
+}
+
+// Each table entry rounded to a 16-bit type, in the low half of its lane.
+FL_INLINE __m512i table_16(const Codes& codes, float absmax, int64_t dtype) {
+    const vf table = _mm512_mul_ps(codes.table, _mm512_set1_ps(absmax));
+    return dtype == BF16 ? round_bf16(table) : _mm512_cvtepu16_epi32(round_f16(table));
+}
+
+// Even elements land in the low halves, odd ones in the high halves: natural order without a shuffle.
+FL_INLINE __m512i pairs_of(__m512i v, __m512i low_half, __m512i high_half) {
+    return _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(v, 4), low_half), _mm512_permutexvar_epi32(v, high_half));
+}
+
+template <bool STREAM>
+FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, int64_t dtype,
+                       uint16_t* dst) {
+    const __m512i table = table_16(codes, absmax, dtype), high_half = _mm512_slli_epi32(table, 16);
+    const uint8_t* p = packed + (flat >> 1);
+    if (!STREAM && (flat & 1)) {
+        if (count < 1) return;
+        from_f32_one(codes.code[*p++ & 15] * absmax, dst++, dtype, 0);
+        --count;
+    }
+    for (; count >= 32; count -= 32, p += 16, dst += 32) put<STREAM>(dst, pairs_of(bytes_of(p), table, high_half));
+    if (count > 0) {
+        const __mmask16 some = (__mmask16)((1u << ((count + 1) >> 1)) - 1);
+        const __m512i v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, p));
+        _mm512_mask_storeu_epi16(dst, (__mmask32)((1u << count) - 1), pairs_of(v, table, high_half));
+    }
+}
+
+// Nested scales to fp32: map[code] * nested + offset, two roundings. The map is looked up in registers, 32 entries at a
+// time: gathers are slower than that, several times so on AMD.
+FL_INLINE void expand_scales(const uint8_t* codes, float nested, float offset, int64_t count, float* dst) {
+    vf map[16];
+    FL_UNROLL
+    for (int i = 0; i < 16; ++i) map[i] = _mm512_loadu_ps(fl_dynamic_map + 16 * i);
+    const vf scale = _mm512_set1_ps(nested), shift = _mm512_set1_ps(offset);
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 some = (__mmask16)(count - i >= 16 ? 0xffff : (1 << (count - i)) - 1);
+        const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, codes + i));
+        const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+        const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
+        const __mmask16 bit7 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
+        vf part[4];
+        FL_UNROLL
+        for (int j = 0; j < 4; ++j)
+            part[j] = _mm512_mask_blend_ps(bit5, _mm512_permutex2var_ps(map[4 * j], index, map[4 * j + 1]),
+                                           _mm512_permutex2var_ps(map[4 * j + 2], index, map[4 * j + 3]));
+        const vf low = _mm512_mask_blend_ps(bit6, part[0], part[1]), high = _mm512_mask_blend_ps(bit6, part[2], part[3]);
+        const vf value = _mm512_mask_blend_ps(bit7, low, high);
+        _mm512_mask_storeu_ps(dst + i, some, _mm512_add_ps(_mm512_mul_ps(value, scale), shift));
+    }
+}
+
+// dst[i] = (low[i], high[i]) as one lane of two bf16, for whole vectors of 32.
+FL_INLINE void interleave_16(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* dst) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(low + i)));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(high + i)));
+        _mm512_storeu_si512(dst + i, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+    }
+    for (; i < count; ++i) dst[i] = low[i] | ((uint32_t)high[i] << 16);
+}
+
+// A scaled table as bf16 in the low halves. Where the CPU has the conversion it is one instruction; it reads denormals
+// as 0, which the dot products would do anyway.
+FL_INLINE __m512i pair_table(vf table) {
+#ifdef FL_BF16
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(table));
+#else
+    return round_bf16(table);
+#endif
+}
+
+// --- encode ----------------------------------------------------------------------------------------------------------
+
+struct Search {
+    vf points;
+    __m512i order;
+    bool fp4;
+    explicit Search(bool is_fp4) : fp4(is_fp4) {
+        points = _mm512_maskz_loadu_ps(is_fp4 ? 0x7f : 0x7fff, is_fp4 ? fl_fp4_mid : fl_nf4_mid);
+        order = _mm512_setr_epi32(0, 1, 6, 7, 4, 5, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0);
+    }
+};
+
+// Branch-free binary search over the decision points; "not <=" sends NaN to the highest code.
+FL_INLINE __m512i search(const Search& s, vf v) {
+    __m512i index = _mm512_setzero_si512();
+    const vf key = s.fp4 ? _mm512_abs_ps(v) : v;
+    FL_UNROLL
+    for (int step = 8; step; step >>= 1) {
+        if (step == 8 && s.fp4) continue;
+        const __m512i probe = _mm512_add_epi32(index, _mm512_set1_epi32(step - 1));
+        const __mmask16 above = _mm512_cmp_ps_mask(key, _mm512_permutexvar_ps(probe, s.points), _CMP_NLE_UQ);
+        index = _mm512_mask_add_epi32(index, above, index, _mm512_set1_epi32(step));
+    }
+    if (!s.fp4) return index;
+    const __mmask16 negative = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ);
+    index = _mm512_permutexvar_epi32(index, s.order);
+    return _mm512_mask_or_epi32(index, negative, index, _mm512_set1_epi32(8));
+}
+
+// Sixteen elements to eight bytes: lanes (even, odd) of a 64-bit word become even << 4 | odd.
+FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, float inv, uint8_t* dst) {
+    const vf scale = _mm512_set1_ps(inv);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m512i index = search(s, _mm512_mul_ps(_mm512_loadu_ps(src + i), scale));
+        const __m512i both = _mm512_or_si512(_mm512_slli_epi64(index, 4), _mm512_srli_epi64(index, 32));
+        _mm_storel_epi64((__m128i*)(dst + i / 2), _mm512_cvtepi64_epi8(both));
+    }
+    if (i < count) {
+        const uint32_t keep = (1u << (count - i)) - 1;
+        __m512i index = search(s, _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)keep, src + i), scale));
+        index = _mm512_mask_mov_epi32(_mm512_set1_epi32(s.fp4 ? 0 : 7), (__mmask16)keep, index);  // the pad nibble means 0
+        const __m512i both = _mm512_or_si512(_mm512_slli_epi64(index, 4), _mm512_srli_epi64(index, 32));
+        _mm_mask_storeu_epi8(dst + i / 2, (__mmask16)((1u << ((count - i + 1) / 2)) - 1), _mm512_cvtepi64_epi8(both));
+    }
+}
+
+}  // namespace
+
+#endif

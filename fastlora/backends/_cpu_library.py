@@ -1,0 +1,182 @@
+"""Loading the compiled CPU library and calling it: plain C through ctypes, no torch headers, nothing at import.
+
+The library is opened at its first use, after torch, so that its OpenMP runtime is the one torch brought along and both
+share one pool of threads. Every call passes one record of 8-byte fields, `struct Args` of csrc/cpu/args.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+import struct
+
+import torch
+
+from fastlora import settings
+from fastlora.errors import UnsupportedError
+
+ABI_VERSION = 1
+DIRECTORY = pathlib.Path(__file__).resolve().parent.parent / "_lib"
+LIBRARY_NAME = "libfastlora_cpu.so"
+# Written beside the library by a build that could not make it; its text says why.
+REASON_NAME = "cpu_build_failed.txt"
+# Position = the number the library knows a tier by; the last one this CPU has is used unless a setting forces another.
+TIERS = ("scalar", "avx2", "avx512", "avx512_bf16")
+STATUS_NO_MEMORY = 1
+OPS = ("quantize", "quantize_absmax", "dequantize", "dropout_mask", "dora_norm", "lora_fwd", "lora_bwd")
+
+_RECORD = struct.Struct("=10q2d28q")
+
+
+class Library:
+    """The opened library.
+
+    Args:
+        handle: what ctypes opened.
+
+    Attributes:
+        tiers: names of the instruction tiers this CPU can run, slowest first.
+    """
+
+    def __init__(self, handle: ctypes.CDLL) -> None:
+        self.functions = {}
+        for op in OPS:
+            function = getattr(handle, f"fl_{op}")
+            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+            self.functions[op] = function
+        self.advise_huge = handle.fl_advise_huge
+        self.advise_huge.argtypes, self.advise_huge.restype = [ctypes.c_void_p, ctypes.c_int64], None
+        handle.fl_has_tier.argtypes, handle.fl_has_tier.restype = [ctypes.c_int64], ctypes.c_int64
+        self.tiers = tuple(name for number, name in enumerate(TIERS) if handle.fl_has_tier(number))
+        self._best = TIERS.index(self.tiers[-1])
+
+    def tier(self) -> int:
+        """Number of the tier in force: the forced one, else the best.
+
+        Raises:
+            UnsupportedError: the forced tier is unknown or this CPU lacks it.
+        """
+        forced = settings.current.cpu_tier
+        if not forced:
+            return self._best
+        if why := self.why_not_tier(forced):
+            raise UnsupportedError(why)
+        return TIERS.index(forced)
+
+    def why_not_tier(self, name: str) -> str:
+        """Why a tier cannot be forced here; "" when it can."""
+        if name in self.tiers:
+            return ""
+        if name not in TIERS:
+            return f"unknown CPU tier {name!r}; known: {', '.join(TIERS)}"
+        return f"this CPU or this build lacks the forced tier {name!r}; it has: {', '.join(self.tiers)}"
+
+    def call(self, op: str, record: bytes) -> None:
+        """Run an op on a `pack`ed record.
+
+        Raises:
+            MemoryError: no scratch memory.
+            UnsupportedError: the record names a tier this CPU lacks.
+        """
+        status = self.functions[op](record)
+        if status == STATUS_NO_MEMORY:
+            raise MemoryError(f"fastlora's CPU library could not get scratch memory for {op}")
+        if status:
+            raise UnsupportedError(f"the CPU library refused {op} (status {status})")
+
+
+def open_library(directory: pathlib.Path = DIRECTORY) -> tuple[Library | None, str]:
+    """The library in a directory, or None and the reason why there is none. Never raises."""
+    path = directory / LIBRARY_NAME
+    if not path.is_file():
+        failed = directory / REASON_NAME
+        why = failed.read_text(encoding="utf-8").strip() if failed.is_file() else ""
+        why = why or "install from source with a C++ compiler present"
+        return None, f"CPU library not built ({why})"
+    try:
+        handle = ctypes.CDLL(str(path))
+        handle.fl_abi_version.restype = handle.fl_args_bytes.restype = ctypes.c_int64
+        found, size = handle.fl_abi_version(), handle.fl_args_bytes()
+    except (OSError, AttributeError) as error:
+        return None, f"CPU library cannot be loaded ({error})"
+    if (found, size) != (ABI_VERSION, _RECORD.size):
+        return (
+            None,
+            f"CPU library has interface {found}.{size}, this package needs {ABI_VERSION}.{_RECORD.size}: rebuild",
+        )
+    return Library(handle), ""
+
+
+@functools.cache
+def loaded() -> tuple[Library | None, str]:
+    """`open_library` of this installation, once a process."""
+    return open_library()
+
+
+def missing() -> str:
+    """Why the CPU library cannot run here under the settings in force; "" when it can."""
+    found, why = loaded()
+    if found is None:
+        return why
+    forced = settings.current.cpu_tier
+    return found.why_not_tier(forced) if forced else ""
+
+
+def library() -> Library:
+    """The loaded library.
+
+    Raises:
+        UnsupportedError: there is none; the message says why.
+    """
+    found, why = loaded()
+    if found is None:
+        raise UnsupportedError(why)
+    return found
+
+
+def pack(
+    *,
+    m: int = 0,
+    n: int = 0,
+    k: int = 0,
+    r: int = 0,
+    dtype: int = 0,
+    flags: int = 0,
+    tier: int = 0,
+    threshold: int = 0,
+    stream: int = 0,
+    scale: float = 0.0,
+    keep_scale: float = 1.0,
+    seed: int = 0,
+    weight: tuple[int, int, int, int, int, int, int, int, int] = (0,) * 9,
+    x: int = 0,
+    a: int = 0,
+    b: int = 0,
+    bias: int = 0,
+    mag: int = 0,
+    norm: int = 0,
+    y: int = 0,
+    h: int = 0,
+    mask: int = 0,
+    z: int = 0,
+    dy: int = 0,
+    dx: int = 0,
+    da: int = 0,
+    db: int = 0,
+    dmag: int = 0,
+    dbias: int = 0,
+    out_bytes: int = 0,
+    out_scales: int = 0,
+) -> bytes:
+    """`struct Args`: integers, two floats, addresses (0 for an absent tensor).
+
+    Args:
+        weight: kind, blocksize and the addresses dense, packed, absmax, absmax_codes, nested_absmax, nested_offset, code.
+    """
+    threads = torch.get_num_threads()
+    return _RECORD.pack(
+        *(m, n, k, r, dtype, flags, threads, tier, threshold, stream, scale, keep_scale, seed),
+        *weight,
+        *(x, a, b, bias, mag, norm, y, h, mask, z, dy, dx, da, db, dmag, dbias, out_bytes, out_scales),
+    )

@@ -1,0 +1,341 @@
+"""The CPU backend: every op over the compiled library (csrc/cpu), for dense and 4-bit weights.
+
+What it computes is written in the ops' contract; how, in csrc/cpu/forward.h, backward.h, norm.h and quantize.h. All
+arithmetic is fp32 inside, except that bf16 problems use the CPU's bf16 dot products (fp32 accumulation, the weight
+rounded once to bf16) where it has them. Results do not depend on the number of threads, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlora.backends import _cpu_library
+from fastlora.dispatch.registry import Kernel, Limits, register
+from fastlora.errors import DtypeError
+from fastlora.math import philox
+from fastlora.math.nf4 import NESTED_BLOCKSIZE, PackedWeight
+from fastlora.problem import (
+    DORA,
+    DROPOUT,
+    NEED_DA,
+    NEED_DB,
+    NEED_DBIAS,
+    NEED_DMAG,
+    NEED_DX,
+    SAVE_MASK,
+    TRAIN,
+    Problem,
+)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KINDS = {"dense": 0, "nf4": 1, "fp4": 2}
+_HUGE = 4 << 20  # fresh outputs above this many bytes ask for huge pages
+
+WeightFields = tuple[int, int, int, int, int, int, int, int, int]
+
+
+def _f32(t: Tensor | None) -> Tensor | None:
+    """A small operand as contiguous fp32: itself where it is that already."""
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.float().contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _aligned(t: Tensor | None, keep: list[Tensor]) -> int:
+    """Address of bytes the library reads as fp32; a misaligned or strided part is copied into `keep` first."""
+    if t is None:
+        return 0
+    if not t.is_contiguous() or t.data_ptr() % 4:
+        t = t.clone(memory_format=torch.contiguous_format)
+        keep.append(t)
+    return t.data_ptr()
+
+
+def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
+    """The record's fields for a frozen weight; `keep` holds copies that must outlive the call."""
+    if isinstance(weight, Tensor):
+        return (0, 0, weight.data_ptr(), 0, 0, 0, 0, 0, 0)
+    packed = weight.packed if weight.packed.is_contiguous() else weight.packed.contiguous()
+    scales = weight.absmax if weight.absmax.is_contiguous() else weight.absmax.contiguous()
+    keep += (packed, scales)
+    nested = weight.nested_absmax is not None
+    return (
+        _KINDS[weight.quant_type],
+        weight.blocksize,
+        0,
+        packed.data_ptr(),
+        0 if nested else _aligned(scales, keep),
+        scales.data_ptr() if nested else 0,
+        _aligned(weight.nested_absmax, keep),
+        _aligned(weight.nested_offset, keep),
+        _aligned(weight.code, keep),
+    )
+
+
+# --- format ops -------------------------------------------------------------------------------------------------------
+
+
+def quantize(problem: Problem, w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """w fp32/bf16/fp16, any shape -> packed uint8 [ceil(numel/2), 1], absmax fp32 [blocks]; bits of math.nf4."""
+    library = _cpu_library.library()
+    flat, count = w.contiguous(), w.numel()
+    packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
+    absmax = torch.empty((-(-count // blocksize),), dtype=torch.float32)
+    if count:
+        record = _cpu_library.pack(
+            k=count,
+            dtype=_DTYPES[w.dtype],
+            tier=library.tier(),
+            weight=(_KINDS[quant_type], blocksize, 0, 0, 0, 0, 0, 0, 0),
+            x=flat.data_ptr(),
+            out_bytes=packed.data_ptr(),
+            out_scales=absmax.data_ptr(),
+        )
+        library.call("quantize", record)
+    return packed, absmax
+
+
+def quantize_absmax(problem: Problem, absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """absmax fp32 [blocks] -> codes uint8 [blocks], nested_absmax fp32 [ceil(blocks/256)], offset fp32 [1]."""
+    library = _cpu_library.library()
+    scales, count = absmax.contiguous(), absmax.numel()
+    codes = torch.empty((count,), dtype=torch.uint8)
+    nested = torch.empty((-(-count // NESTED_BLOCKSIZE),), dtype=torch.float32)
+    if not count:
+        return codes, nested, torch.zeros(1)
+    offset = scales.mean(dtype=torch.float64).float().reshape(1)  # as in math.nf4
+    record = _cpu_library.pack(
+        k=count,
+        tier=library.tier(),
+        weight=(0, 0, 0, 0, 0, 0, 0, offset.data_ptr(), 0),
+        x=scales.data_ptr(),
+        out_bytes=codes.data_ptr(),
+        out_scales=nested.data_ptr(),
+    )
+    library.call("quantize_absmax", record)
+    return codes, nested, offset
+
+
+def dequantize(problem: Problem, weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Decode a weight of any shape to fp32, bf16 or fp16: fp32 code * absmax, rounded once. Bits of math.nf4."""
+    library = _cpu_library.library()
+    if out is not None and not out.is_contiguous():
+        return out.copy_(dequantize(problem, weight, dtype))
+    count = weight.numel
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype)
+        if (size := count * dtype.itemsize) >= _HUGE:
+            library.advise_huge(out.data_ptr(), size)
+    if count:
+        keep: list[Tensor] = []
+        record = _cpu_library.pack(
+            k=count, dtype=_DTYPES[dtype], tier=library.tier(), weight=_weight(weight, keep), y=out.data_ptr()
+        )
+        library.call("dequantize", record)
+    return out
+
+
+def dropout_mask(problem: Problem, seed: Tensor, stream: int, p: float) -> Tensor:
+    """The keep bits of seed int64 [1] for x [m, k]: uint8 [m, ceil(k/8)]. Bits of math.philox."""
+    library = _cpu_library.library()
+    mask = torch.empty((problem.m, -(-problem.k // 8)), dtype=torch.uint8)
+    if mask.numel():
+        record = _cpu_library.pack(
+            m=problem.m,
+            k=problem.k,
+            tier=library.tier(),
+            threshold=philox.threshold(p),
+            stream=stream,
+            seed=seed.data_ptr(),
+            mask=mask.data_ptr(),
+        )
+        library.call("dropout_mask", record)
+    return mask
+
+
+# --- adapter ops ------------------------------------------------------------------------------------------------------
+
+
+def dora_norm(problem: Problem, weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """||w + s b a|| of each row: fp32 [n]."""
+    library = _cpu_library.library()
+    keep: list[Tensor] = []
+    norm = torch.empty((problem.n,), dtype=torch.float32)
+    a32, b32 = _f32(a), _f32(b)
+    record = _cpu_library.pack(
+        n=problem.n,
+        k=problem.k,
+        r=problem.r,
+        dtype=_DTYPES[problem.dtype],
+        tier=library.tier(),
+        scale=float(scale),
+        weight=_weight(weight, keep),
+        a=_address(a32),
+        b=_address(b32),
+        out_scales=norm.data_ptr(),
+    )
+    library.call("dora_norm", record)
+    return norm
+
+
+def _dropout(problem: Problem, seed: Tensor | None, p: float) -> tuple[int, float]:
+    """Threshold and scale of the dropout decision; (0, 1.0) without dropout."""
+    if not problem.flags & DROPOUT:
+        return 0, 1.0
+    if seed is None:
+        raise DtypeError("dropout needs an int64 seed tensor, got None")
+    return philox.threshold(p), philox.keep_scale(p)
+
+
+def lora_fwd(
+    problem: Problem,
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    mag: Tensor | None,
+    norm: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    p: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x [m, k] -> y [m, n] of x's dtype, and h fp32 [m, r], mask uint8 [m, ceil(k/8)], z [m, n] where flags ask."""
+    library = _cpu_library.library()
+    m, n, k, r, flags = problem.m, problem.n, problem.k, problem.r, problem.flags
+    train, dora = flags & TRAIN, flags & DORA
+    threshold, keep_scale = _dropout(problem, seed, p)
+    y = torch.empty((m, n), dtype=x.dtype)
+    h = torch.empty((m, r), dtype=torch.float32) if train else None
+    mask = None
+    if train and flags & DROPOUT and flags & SAVE_MASK:
+        mask = torch.empty((m, -(-k // 8)), dtype=torch.uint8)
+    z = torch.empty((m, n), dtype=x.dtype) if train and dora else None
+    if not m:
+        return y, h, mask, z
+    keep: list[Tensor] = []
+    a32, b32, bias32 = _f32(a), _f32(b), _f32(bias)
+    mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
+    record = _cpu_library.pack(
+        m=m,
+        n=n,
+        k=k,
+        r=r,
+        dtype=_DTYPES[x.dtype],
+        flags=flags,
+        tier=library.tier(),
+        threshold=threshold,
+        stream=stream,
+        scale=float(scale),
+        keep_scale=keep_scale,
+        seed=_address(seed),
+        weight=_weight(weight, keep),
+        x=x.data_ptr(),
+        a=_address(a32),
+        b=_address(b32),
+        bias=_address(bias32),
+        mag=_address(mag32),
+        norm=_address(norm32),
+        y=y.data_ptr(),
+        h=_address(h),
+        mask=_address(mask),
+        z=_address(z),
+    )
+    library.call("lora_fwd", record)
+    return y, h, mask, z
+
+
+def lora_bwd(
+    problem: Problem,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | PackedWeight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    mag: Tensor | None,
+    norm: Tensor | None,
+    h: Tensor | None,
+    mask: Tensor | None,
+    z: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    p: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dy [m, n] -> dx [m, k] of x's dtype, da and db of a's dtype, dmag and dbias fp32 [n]; None where not needed."""
+    library = _cpu_library.library()
+    m, n, k, r, flags = problem.m, problem.n, problem.k, problem.r, problem.flags
+    dora = flags & DORA
+    threshold, keep_scale = _dropout(problem, seed, p)
+    if flags & DROPOUT and mask is None and flags & (NEED_DX | NEED_DA) and seed is not None:
+        mask = dropout_mask(problem, seed, stream, p)
+    dx = torch.empty((m, k), dtype=problem.dtype) if flags & NEED_DX else None
+    da = torch.empty((r, k), dtype=torch.float32) if flags & NEED_DA else None
+    db = torch.empty((n, r), dtype=torch.float32) if flags & NEED_DB else None
+    dmag = torch.empty((n,), dtype=torch.float32) if flags & NEED_DMAG else None
+    dbias = torch.empty((n,), dtype=torch.float32) if flags & NEED_DBIAS else None
+    keep: list[Tensor] = []
+    a32, b32 = _f32(a), _f32(b)
+    mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
+    record = _cpu_library.pack(
+        m=m,
+        n=n,
+        k=k,
+        r=r,
+        dtype=_DTYPES[problem.dtype],
+        flags=flags,
+        tier=library.tier(),
+        threshold=threshold,
+        stream=stream,
+        scale=float(scale),
+        keep_scale=keep_scale,
+        weight=_weight(weight, keep),
+        x=_address(x),
+        a=_address(a32),
+        b=_address(b32),
+        mag=_address(mag32),
+        norm=_address(norm32),
+        h=_address(h),
+        mask=_address(mask),
+        z=_address(z),
+        dy=dy.data_ptr(),
+        dx=_address(dx),
+        da=_address(da),
+        db=_address(db),
+        dmag=_address(dmag),
+        dbias=_address(dbias),
+    )
+    library.call("lora_bwd", record)
+    if a.dtype != torch.float32:
+        da, db = (None if t is None else t.to(a.dtype) for t in (da, db))
+    return dx, da, db, dmag, dbias
+
+
+_FLOATS = frozenset(_DTYPES)
+_CPU = frozenset({"cpu"})
+_FORMAT = Limits(devices=_CPU, dtypes=_FLOATS, missing=_cpu_library.missing)
+_ANY = Limits(devices=_CPU, missing=_cpu_library.missing)
+_LAYER = Limits(
+    devices=_CPU,
+    dtypes=_FLOATS,
+    adapter_dtypes=_FLOATS,
+    formats=frozenset(_KINDS),
+    missing=_cpu_library.missing,
+)
+
+for _op, _run, _limits in (
+    ("quantize", quantize, _FORMAT),
+    ("quantize_absmax", quantize_absmax, _ANY),
+    ("dequantize", dequantize, _FORMAT),
+    ("dropout_mask", dropout_mask, _ANY),
+    ("dora_norm", dora_norm, _LAYER),
+    ("lora_fwd", lora_fwd, _LAYER),
+    ("lora_bwd", lora_bwd, _LAYER),
+):
+    register(Kernel(_op, "cpu", _run, _limits))

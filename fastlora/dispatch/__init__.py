@@ -1,0 +1,1 @@
+"""Who runs a problem: the registry of kernels, why each can or cannot, and what each is predicted to cost."""

@@ -1,0 +1,1 @@
+"""Other libraries' checkpoint layouts, as pure functions from tensors to tensors."""

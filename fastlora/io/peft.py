@@ -1,0 +1,202 @@
+"""PEFT's LoRA checkpoint format as pure functions: adapter_config.json and the keys of adapter_model.safetensors.
+
+Keys, after "base_model.model." + the module's name:
+  .lora_A.weight [r, in]   .lora_B.weight [out, r]   .lora_magnitude_vector [out] (DoRA; also read with ".weight")
+  .base_layer.bias [out]   (bias="all" or "lora_only")      plain names for biases elsewhere and for modules_to_save
+Source: https://github.com/huggingface/peft, `save_and_load.py` and `tuners/lora/config.py`, as of 0.21.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.config import LoraConfig
+from fastlora.errors import ConfigError, StateDictError
+
+PREFIX = "base_model.model."
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+METADATA_KEY = "fastlora"
+
+# Inits PEFT knows by the same name; the others start from B = 0 as PEFT's default does, so `true` is as good on load.
+_SHARED_INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+# What PEFT cannot hold; it travels in the safetensors metadata, which PEFT ignores.
+_OWN_FIELDS = ("init_lora_weights", "init_bound", "init_seed", "dora_dropout")
+# PEFT fields that must be at these values: another value asks for something our layers do not do.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "ensure_weight_tying": (False, None),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "corda_config": (None,),
+    "eva_config": (None,),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None, False),
+    "velora_config": (None,),
+}
+
+
+class AdapterTensors(NamedTuple):
+    """One module's adapter as a checkpoint holds it."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    magnitude: Tensor | None = None  # [out]
+
+
+class Checkpoint(NamedTuple):
+    """A whole adapter: per adapted module its tensors, and everything else that was trained, by parameter name."""
+
+    adapters: dict[str, AdapterTensors]
+    others: dict[str, Tensor]
+
+
+def config_to_json(config: LoraConfig, target_modules: list[str], base_model: str | None, task: str | None) -> str:
+    """adapter_config.json: only fields every PEFT of the last years knows, sorted as PEFT sorts them."""
+    init: Any = config.init_lora_weights
+    if isinstance(init, str) and not (init in _SHARED_INITS or init.startswith("pissa_niter_")):
+        init = True
+    fields = {
+        "alpha_pattern": dict(config.alpha_pattern),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "bias": config.bias,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": init,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": config.modules_to_save,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
+        "revision": None,
+        "target_modules": sorted(target_modules),
+        "task_type": task,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+    }
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def metadata_of(config: LoraConfig) -> dict[str, str]:
+    """The safetensors metadata: PEFT's format mark, and what its config cannot say."""
+    own = {name: getattr(config, name) for name in _OWN_FIELDS}
+    return {"format": "pt", METADATA_KEY: json.dumps(own, sort_keys=True)}
+
+
+def config_from_json(text: str, metadata: Mapping[str, str] | None = None) -> LoraConfig:
+    """A LoraConfig from adapter_config.json (lora_alpha defaults to PEFT's 8) and the safetensors metadata.
+
+    Raises:
+        StateDictError: not JSON, or not a LoRA adapter's. ConfigError: a field we cannot honour; named.
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise StateDictError(f"{CONFIG_NAME} is not JSON: {error}") from None
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
+        raise StateDictError(f'expected an adapter with peft_type "LORA" in {CONFIG_NAME}, got {kind!r}')
+    for name, allowed in _MUST_BE.items():
+        if name in fields and fields[name] not in allowed:
+            raise ConfigError(f"{CONFIG_NAME}: {name}={fields[name]!r} is not supported")
+    known = {field.name for field in dataclasses.fields(LoraConfig)} - {"adapter_dtype"}
+    values = {name: value for name, value in fields.items() if name in known and value is not None}
+    values.setdefault("lora_alpha", 8)
+    if METADATA_KEY in (metadata or {}):
+        own = json.loads((metadata or {})[METADATA_KEY])
+        values |= {name: own[name] for name in _OWN_FIELDS if own.get(name) is not None}
+    return LoraConfig.of(values)
+
+
+def to_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """PEFT's keys for a checkpoint."""
+    state = {}
+    for module, tensors in checkpoint.adapters.items():
+        state[f"{PREFIX}{module}.lora_A.weight"] = tensors.a
+        state[f"{PREFIX}{module}.lora_B.weight"] = tensors.b
+        if tensors.magnitude is not None:
+            state[f"{PREFIX}{module}.lora_magnitude_vector"] = tensors.magnitude
+    for name, tensor in checkpoint.others.items():
+        module, _, last = name.rpartition(".")
+        owner = f"{module}.base_layer" if last == "bias" and module in checkpoint.adapters else module
+        state[f"{PREFIX}{owner}.{last}" if owner else f"{PREFIX}{last}"] = tensor
+    return state
+
+
+def from_state(state: Mapping[str, Tensor]) -> Checkpoint:
+    """The inverse of `to_state`.
+
+    Raises:
+        StateDictError: a key that is not PEFT's, or half an adapter.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if not key.startswith(PREFIX):
+            raise StateDictError(f"expected keys that start with {PREFIX!r}, got {key!r}: not a PEFT LoRA checkpoint")
+        name = key[len(PREFIX) :]
+        for kind, endings in (
+            ("a", (".lora_A.weight",)),
+            ("b", (".lora_B.weight",)),
+            ("magnitude", (".lora_magnitude_vector", ".lora_magnitude_vector.weight")),
+        ):
+            ending = next((e for e in endings if name.endswith(e)), None)
+            if ending:
+                parts.setdefault(name.removesuffix(ending), {})[kind] = tensor
+                break
+        else:
+            if ".lora_" in name:
+                raise StateDictError(f"cannot read {key!r}: only linear layers' LoRA and DoRA are supported")
+            others[name.replace(".base_layer.", ".")] = tensor
+    adapters = {}
+    for module, tensors in parts.items():
+        if "a" not in tensors or "b" not in tensors:
+            lacking = "lora_A" if "a" not in tensors else "lora_B"
+            raise StateDictError(f"the adapter of {module} is incomplete: {lacking} is missing")
+        if tensors["a"].dim() != 2 or tensors["b"].dim() != 2 or tensors["a"].shape[0] != tensors["b"].shape[1]:
+            shapes = tuple(tensors["a"].shape), tuple(tensors["b"].shape)
+            raise StateDictError(
+                f"{module}: expected lora_A [r, in] and lora_B [out, r], got {shapes[0]} and {shapes[1]}"
+            )
+        adapters[module] = AdapterTensors(**tensors)
+    if not adapters:
+        raise StateDictError("the checkpoint holds no lora_A and lora_B tensors")
+    return Checkpoint(adapters, others)
+
+
+def minimal_targets(adapted: list[str], every_linear: list[str]) -> list[str]:
+    """The shortest name endings that pick exactly `adapted` out of `every_linear` by PEFT's rule.
+
+    PEFT matches an entry against a whole name or its ending after a dot; module names that cannot be told apart by
+    their last part are written in full.
+    """
+    rest = set(every_linear) - set(adapted)
+    endings = set()
+    for name in adapted:
+        last = name.rpartition(".")[2]
+        clashes = any(other == last or other.endswith("." + last) for other in rest)
+        endings.add(name if clashes else last)
+    return sorted(endings)
+
+
+def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the adapters (the first module's)."""
+    return next(iter(checkpoint.adapters.values())).a.dtype

@@ -1,0 +1,279 @@
+"""The adapted linear: one autograd Function for every base, and `lora_linear` for a dense one.
+
+y = x w^T + s drop(x) a^T b^T + bias, with DoRA's magnitude on top if one is given (`math.reference`).
+The frozen weight is never differentiated; x, a, b, magnitude and bias are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlora import settings
+from fastlora.errors import DtypeError, ShapeError
+from fastlora.math.nf4 import PackedWeight
+from fastlora.ops.dora import dora_weight_norm
+from fastlora.ops.schema import SEED_MAX, flags_of
+from fastlora.problem import NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN
+
+DORA_DROPOUT = ("peft", "shared")
+
+
+class Call(NamedTuple):
+    """The static facts of one call, as the ops take them."""
+
+    scale: float
+    stream: int
+    p: float
+    flags: int
+    backend: str
+    on_grid: bool
+
+
+def _forward_op(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    mag: Tensor | None,
+    norm: Tensor | None,
+    seed: Tensor | None,
+    call: Call,
+) -> Any:
+    tail = (bias, a, b, call.scale, mag, norm, seed, call.stream, call.p, call.flags, call.backend)
+    if isinstance(weight, PackedWeight):
+        return torch.ops.fastlora.qlora_fwd(x, *weight[:7], call.on_grid, *tail)
+    return torch.ops.fastlora.lora_fwd(x, weight, *tail)
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """x[m,k], a[r,k], b[n,r], mag[n]|None, bias[n]|None -> y[m,n]; see `math.reference` for both directions.
+
+    Saved for the backward: x (shared with its producer), h [m,r] fp32, the dropout bits [m, ceil(k/8)] (low memory:
+    only the seed), DoRA's z [m,n], and references to the parameters. z rather than y is saved so that the output may
+    be modified in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        mag: Tensor | None,
+        bias: Tensor | None,
+        weight: Tensor | PackedWeight,
+        norm: Tensor | None,
+        seed: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        """One op call; saves what its twin needs."""
+        need_x, need_a, need_b, need_mag, need_bias = ctx.needs_input_grad[:5]
+        y, h, mask, z = _forward_op(x, weight, bias, a, b, mag, norm, seed, call)
+        tensors = weight[:5] if isinstance(weight, PackedWeight) else (weight, None, None, None, None)
+        ctx.save_for_backward(
+            x if need_a else None,
+            a,
+            b,
+            mag,
+            norm,
+            h if need_b else None,
+            mask,
+            z if need_mag else None,
+            seed,
+            *tensors,
+        )
+        ctx.packing = weight[5:] if isinstance(weight, PackedWeight) else None
+        ctx.mag_dtype = None if mag is None else mag.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        keep = call.flags & ~(TRAIN | SAVE_MASK)
+        needs = NEED_DX * need_x | NEED_DA * need_a | NEED_DB * need_b | NEED_DMAG * need_mag | NEED_DBIAS * need_bias
+        ctx.call = call._replace(flags=keep | needs)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        """dy[m,n] -> dx, da, db, dmag, dbias, each only if its input needs it."""
+        x, a, b, mag, norm, h, mask, z, seed, *tensors = ctx.saved_tensors
+        call = ctx.call
+        tail = (a, b, call.scale, mag, norm, h, mask, z, seed, call.stream, call.p, call.flags, call.backend)
+        dy = dy.contiguous()
+        if ctx.packing is None:
+            grads = torch.ops.fastlora.lora_bwd(dy, x, tensors[0], *tail)
+        else:
+            grads = torch.ops.fastlora.qlora_bwd(dy, x, *tensors, *ctx.packing[:2], call.on_grid, *tail)
+        dx, da, db, dmag, dbias = grads
+        if dmag is not None:
+            dmag = dmag.to(ctx.mag_dtype)
+        if dbias is not None:
+            dbias = dbias.to(ctx.bias_dtype)
+        return dx, da, db, dmag, dbias, None, None, None, None
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh dropout seed from torch's generator, int64 [1] on the device (no host sync)."""
+    return torch.ops.fastlora.draw_seed(device)
+
+
+def _as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise DtypeError(f"seed must be an int or a one-element int64 tensor, got {seed.dtype} {tuple(seed.shape)}")
+        return seed.reshape(1).to(device)
+    if not 0 <= seed < SEED_MAX:
+        raise ShapeError(f"seed must be in [0, 2**63 - 1), got {seed}")
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def _check(x: Tensor, n: int, k: int, a: Tensor, b: Tensor, bias: Tensor | None, mag: Tensor | None, p: float) -> None:
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ShapeError(f"expected x with last dimension in_features={k}, got shape {tuple(x.shape)}")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1]:
+        raise ShapeError(
+            f"expected a [r, {k}] and b [{n}, r] for a weight of shape ({n}, {k}), "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if not (x.is_floating_point() and a.is_floating_point()) or a.dtype != b.dtype:
+        raise DtypeError(
+            f"expected floating-point x and a, b of one floating dtype, got x {x.dtype}, a {a.dtype}, b {b.dtype}"
+        )
+    for name, vector in (("bias", bias), ("magnitude", mag)):
+        if vector is not None and tuple(vector.shape) != (n,):
+            raise ShapeError(f"expected {name} of shape ({n},), got {tuple(vector.shape)}")
+    if not 0.0 <= p < 1.0:
+        raise ShapeError(f"dropout_p must be in [0, 1), got {p}")
+
+
+def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise DtypeError(f"expected every tensor on the device of x, {x.device}, got one on {tensor.device}")
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    *,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    stream: int,
+    magnitude: Tensor | None,
+    dora_dropout: str,
+    backend: str | None,
+    on_grid: bool = False,
+) -> Tensor:
+    """What `lora_linear` and `qlora_linear` share: validate once, flatten x to [m, k], draw the seed, call."""
+    n, k = weight.shape
+    _check(x, n, k, a, b, bias, magnitude, dropout_p)
+    _check_devices(x, weight[0] if isinstance(weight, PackedWeight) else weight, a, b, bias, magnitude)
+    if dora_dropout not in DORA_DROPOUT:
+        raise ShapeError(f"dora_dropout must be one of {', '.join(DORA_DROPOUT)}, got {dora_dropout!r}")
+    if isinstance(scale, Tensor):  # a scale that lives on the device folds into b, in fp32 so that it is not rounded
+        b, scale = b.to(torch.promote_types(b.dtype, torch.float32)) * scale, 1.0
+        a = a.to(b.dtype)
+    a, b = a.contiguous(), b.contiguous()
+    x2d = x.reshape(-1, k).contiguous()
+    dropout = dropout_p > 0.0
+    seed_tensor = _as_seed(seed, x.device) if dropout else None
+    norm = None if magnitude is None else dora_weight_norm(weight, a, b, scale, backend=backend)
+    train = torch.is_grad_enabled() and (
+        x.requires_grad
+        or a.requires_grad
+        or b.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (magnitude is not None and magnitude.requires_grad)
+    )
+    flags = flags_of(
+        bias=bias is not None,
+        dropout=dropout,
+        dora=magnitude is not None,
+        shared=dora_dropout == "shared",
+        train=train,
+        save_mask=not settings.current.low_memory,
+    )
+    call = Call(float(scale), stream, float(dropout_p), flags, backend or "", on_grid)
+    if train:
+        y = AdaptedLinear.apply(x2d, a, b, magnitude, bias, weight, norm, seed_tensor, call)
+    else:
+        y = _forward_op(x2d, weight, bias, a, b, magnitude, norm, seed_tensor, call)[0]
+    return y.view(*x.shape[:-1], n)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype x computes in: autocast's for the device if it is on (float64 stays), else its own."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    magnitude: Tensor | None = None,
+    dora_dropout: str = "peft",
+    backend: str | None = None,
+) -> Tensor:
+    """y = x w^T + scale * drop(x) a^T b^T + bias (LoRA, 2106.09685), with `magnitude` DoRA (2402.09353).
+
+    Args:
+        x: [..., k], float; the output has its dtype (autocast's when that is on).
+        weight: [n, k] frozen, dtype of x.
+        a, b: [r, k] and [n, r], one float dtype (their gradients have it).
+        scale: a float, or a 0-dim tensor (differentiable, no host sync).
+        bias: [n], never scaled by DoRA.
+        dropout_p: in [0, 1), on the adapter's input.
+        seed: int or int64 tensor [1]; None draws one from torch's generator when dropout_p > 0.
+        stream: dropout stream number (projection * 65536 + adapter).
+        magnitude: [n]; makes this DoRA.
+        dora_dropout: "peft" (PEFT's training semantics) or "shared" (one base product).
+        backend: force one; never falls back in silence.
+
+    Returns:
+        [..., n].
+
+    Raises:
+        ShapeError, DtypeError: what was expected and what came. UnsupportedError: why no backend can.
+    """
+    if weight.dim() != 2:
+        raise ShapeError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
+    if weight.requires_grad:
+        raise DtypeError("the base weight is frozen: expected weight.requires_grad=False, got True")
+    dtype = autocast_dtype(x)
+    if dtype != x.dtype:
+        x = x.to(dtype)
+        weight = weight.to(dtype)
+    if weight.dtype != dtype:
+        raise DtypeError(f"expected x and weight of one dtype, got x {x.dtype} and weight {weight.dtype}")
+    return adapted_linear(
+        x,
+        weight,
+        a,
+        b,
+        scale,
+        bias=bias,
+        dropout_p=dropout_p,
+        seed=seed,
+        stream=stream,
+        magnitude=magnitude,
+        dora_dropout=dora_dropout,
+        backend=backend,
+    )

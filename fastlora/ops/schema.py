@@ -1,0 +1,332 @@
+"""Every op of the `fastlora` library: its definition, its fake and its one body.
+
+A body builds the `Problem` from real sizes, lets the registry choose a kernel and calls it; nothing above this file
+knows a backend. The ops are opaque to `torch.compile`, so the choice is made on real integers and dynamic shapes do
+not recompile. What an op returns depends on static facts only (flags, formats), never on the chosen plan or on m.
+
+Kernel.run signatures, the same for every backend (`Weight` = dense [n,k] or `PackedWeight`):
+  quantize(problem, w, quant_type, blocksize) -> packed uint8 [ceil(nk/2), 1], absmax fp32 [blocks]
+  quantize_absmax(problem, absmax) -> codes uint8 [blocks], nested_absmax fp32 [ceil(blocks/256)], offset fp32 [1]
+  dequantize(problem, weight, dtype, out) -> [shape]
+  dropout_mask(problem, seed, stream, p) -> uint8 [m, ceil(k/8)]
+  dora_norm(problem, weight, a, b, scale) -> [n]
+  lora_fwd(problem, x, weight, bias, a, b, scale, mag, norm, seed, stream, p) -> y, h, mask, z
+  lora_bwd(problem, dy, x, weight, a, b, scale, mag, norm, h, mask, z, seed, stream, p) -> dx, da, db, dmag, dbias
+r = 0 (a [0,k], b [n,0]) is the frozen linear alone. In the backward x may be None when da is not asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import backends
+from fastlora.dispatch import registry
+from fastlora.math.nf4 import PackedWeight
+from fastlora.problem import (
+    BIAS,
+    DENSE,
+    DORA,
+    DROPOUT,
+    NEED_DA,
+    NEED_DB,
+    NEED_DBIAS,
+    NEED_DMAG,
+    NEED_DX,
+    SAVE_MASK,
+    SHARED,
+    TRAIN,
+    Format,
+    Problem,
+)
+
+LIBRARY = torch.library.Library("fastlora", "DEF")
+SEED_MAX = 2**63 - 1
+
+# The arguments that make up a 4-bit weight, in every op's signature.
+_PACKED = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? code, "
+    "str quant_type, int blocksize, bool on_grid"
+)
+_FWD_TAIL = (
+    "Tensor? bias, Tensor a, Tensor b, float scale, Tensor? mag, Tensor? norm, Tensor? seed, int stream, float p, "
+    "int flags, str backend"
+)
+_BWD_TAIL = (
+    "Tensor a, Tensor b, float scale, Tensor? mag, Tensor? norm, Tensor? h, Tensor? mask, Tensor? z, Tensor? seed, "
+    "int stream, float p, int flags, str backend"
+)
+
+
+def op(schema: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an op with the decorated function as its body on every device."""
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema[: schema.index("(")]
+        LIBRARY.define(schema, tags=tuple(tags))
+        LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+        return body
+
+    return decorate
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the op's shape-only twin."""
+    return torch.library.register_fake(f"fastlora::{name}", lib=LIBRARY)
+
+
+def format_of(weight: PackedWeight, on_grid: bool) -> Format:
+    """The static facts of a packed weight."""
+    return Format(
+        weight.quant_type, weight.blocksize, weight.nested_absmax is not None, weight.code is not None, on_grid
+    )
+
+
+def _run(problem: Problem, backend: str, *args: Any) -> Any:
+    """Choose and call; autocast must not touch what happens inside an op."""
+    backends.load()
+    kernel = registry.select(problem, backend)
+    if torch.is_autocast_enabled(problem.device):
+        with torch.amp.autocast(problem.device, enabled=False):
+            return kernel.run(problem, *args)
+    return kernel.run(problem, *args)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _mask_like(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], (x.shape[1] + 7) // 8), dtype=torch.uint8)
+
+
+# --- the 4-bit format -------------------------------------------------------------------------------------------------
+
+
+def _weight_problem(op: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype, fmt: Format) -> Problem:
+    rows = shape[0] if shape else 1
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return Problem(op, 0, rows, columns, 0, dtype, dtype, fmt, 0, like.device.type)
+
+
+@op("quantize(Tensor w, str quant_type, int blocksize, str backend) -> (Tensor, Tensor)")
+def _quantize(w: Tensor, quant_type: str, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+    problem = _weight_problem("quantize", w, w.shape, w.dtype, Format(quant_type, blocksize))
+    return _run(problem, backend, w.contiguous(), quant_type, blocksize)
+
+
+@fake("quantize")
+def _(w: Tensor, quant_type: str, blocksize: int, backend: str) -> tuple[Tensor, Tensor]:
+    packed = w.new_empty(((w.numel() + 1) // 2, 1), dtype=torch.uint8)
+    return packed, w.new_empty(((w.numel() + blocksize - 1) // blocksize,), dtype=torch.float32)
+
+
+@op("quantize_absmax(Tensor absmax, str backend) -> (Tensor, Tensor, Tensor)")
+def _quantize_absmax(absmax: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    problem = _weight_problem("quantize_absmax", absmax, absmax.shape, absmax.dtype, Format("nf4", 256))
+    return _run(problem, backend, absmax.contiguous())
+
+
+@fake("quantize_absmax")
+def _(absmax: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = absmax.numel()
+    codes = absmax.new_empty((blocks,), dtype=torch.uint8)
+    return codes, absmax.new_empty(((blocks + 255) // 256,)), absmax.new_empty((1,))
+
+
+@op(f"dequantize({_PACKED}, SymInt[] shape, ScalarType dtype, str backend) -> Tensor")
+def _dequantize(*args: Any) -> Tensor:
+    *parts, on_grid, shape, dtype, backend = args
+    weight = PackedWeight._make((*parts, tuple(shape)))
+    problem = _weight_problem("dequantize", weight.packed, shape, dtype, format_of(weight, on_grid))
+    return _run(problem, backend, weight, dtype, None)
+
+
+@fake("dequantize")
+def _(*args: Any) -> Tensor:
+    packed, shape, dtype = args[0], args[-3], args[-2]
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@op(f"dequantize_into({_PACKED}, str backend, *, Tensor(a!) out) -> ()")
+def _dequantize_into(*args: Any, out: Tensor) -> None:
+    *parts, on_grid, backend = args
+    weight = PackedWeight._make((*parts, tuple(out.shape)))
+    problem = _weight_problem("dequantize", weight.packed, out.shape, out.dtype, format_of(weight, on_grid))
+    _run(problem, backend, weight, out.dtype, out)
+
+
+@fake("dequantize_into")
+def _(*args: Any, out: Tensor) -> None:
+    return None
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@op("draw_seed(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_seed(device: torch.device) -> Tensor:
+    return torch.randint(0, SEED_MAX, (1,), dtype=torch.int64, device=device)
+
+
+@fake("draw_seed")
+def _(device: torch.device) -> Tensor:
+    return torch.empty((1,), dtype=torch.int64, device=device)
+
+
+@op("dropout_mask(Tensor seed, int stream, SymInt rows, SymInt cols, float p, str backend) -> Tensor")
+def _dropout_mask(seed: Tensor, stream: int, rows: int, cols: int, p: float, backend: str) -> Tensor:
+    dtype = torch.float32
+    problem = Problem("dropout_mask", rows, 0, cols, 0, dtype, dtype, DENSE, DROPOUT, seed.device.type)
+    return _run(problem, backend, seed, stream, p)
+
+
+@fake("dropout_mask")
+def _(seed: Tensor, stream: int, rows: int, cols: int, p: float, backend: str) -> Tensor:
+    return seed.new_empty((rows, (cols + 7) // 8), dtype=torch.uint8)
+
+
+# --- DoRA's norm ------------------------------------------------------------------------------------------------------
+
+
+def _norm(weight: Tensor | PackedWeight, fmt: Format, a: Tensor, b: Tensor, scale: float, backend: str) -> Tensor:
+    dtype = weight.dtype if isinstance(weight, Tensor) else a.dtype
+    problem = Problem("dora_norm", 0, b.shape[0], a.shape[1], a.shape[0], dtype, a.dtype, fmt, DORA, a.device.type)
+    return _run(problem, backend, weight, a, b, scale)
+
+
+@op("dora_norm(Tensor w, Tensor a, Tensor b, float scale, str backend) -> Tensor")
+def _dora_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, backend: str) -> Tensor:
+    return _norm(w, DENSE, a, b, scale, backend)
+
+
+@fake("dora_norm")
+def _(w: Tensor, a: Tensor, b: Tensor, scale: float, backend: str) -> Tensor:
+    return a.new_empty((b.shape[0],), dtype=_accumulator(w.dtype))
+
+
+@op(f"qdora_norm({_PACKED}, Tensor a, Tensor b, float scale, str backend) -> Tensor")
+def _qdora_norm(*args: Any) -> Tensor:
+    *parts, on_grid, a, b, scale, backend = args
+    weight = PackedWeight._make((*parts, (b.shape[0], a.shape[1])))
+    return _norm(weight, format_of(weight, on_grid), a, b, scale, backend)
+
+
+@fake("qdora_norm")
+def _(*args: Any) -> Tensor:
+    a, b = args[-4], args[-3]
+    return a.new_empty((b.shape[0],), dtype=_accumulator(a.dtype))
+
+
+# --- the adapted linear -----------------------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor, weight: Tensor | PackedWeight, fmt: Format, tail: Sequence[Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    bias, a, b, scale, mag, norm, seed, stream, p, flags, backend = tail
+    (m, k), (n, r) = x.shape, b.shape
+    problem = Problem("lora_fwd", m, n, k, r, x.dtype, a.dtype, fmt, flags, x.device.type)
+    return _run(problem, backend, x, weight, bias, a, b, scale, mag, norm, seed, stream, p)
+
+
+def _fake_forward(x: Tensor, tail: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    b, flags = tail[2], tail[-2]
+    y = x.new_empty((x.shape[0], b.shape[0]))
+    if not flags & TRAIN:
+        return y, None, None, None
+    h = x.new_empty((x.shape[0], b.shape[1]), dtype=_accumulator(x.dtype))
+    return y, h, _mask_like(x) if flags & SAVE_MASK else None, torch.empty_like(y) if flags & DORA else None
+
+
+@op(f"lora_fwd(Tensor x, Tensor w, {_FWD_TAIL}) -> (Tensor, Tensor?, Tensor?, Tensor?)")
+def _lora_fwd(x: Tensor, w: Tensor, *tail: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    return _forward(x, w, DENSE, tail)
+
+
+@fake("lora_fwd")
+def _(x: Tensor, w: Tensor, *tail: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    return _fake_forward(x, tail)
+
+
+@op(f"qlora_fwd(Tensor x, {_PACKED}, {_FWD_TAIL}) -> (Tensor, Tensor?, Tensor?, Tensor?)")
+def _qlora_fwd(x: Tensor, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    tail = args[8:]
+    weight = PackedWeight._make((*args[:7], (tail[2].shape[0], x.shape[1])))
+    return _forward(x, weight, format_of(weight, args[7]), tail)
+
+
+@fake("qlora_fwd")
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    return _fake_forward(x, args[8:])
+
+
+def _backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | PackedWeight, fmt: Format, tail: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    a, b, scale, mag, norm, h, mask, z, seed, stream, p, flags, backend = tail
+    (m, n), (r, k) = dy.shape, a.shape
+    problem = Problem("lora_bwd", m, n, k, r, dy.dtype, a.dtype, fmt, flags, dy.device.type)
+    return _run(problem, backend, dy, x, weight, a, b, scale, mag, norm, h, mask, z, seed, stream, p)
+
+
+def _fake_backward(dy: Tensor, tail: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    a, b, flags = tail[0], tail[1], tail[-2]
+    sums = dy.new_empty((dy.shape[1],), dtype=_accumulator(dy.dtype))
+    return (
+        dy.new_empty((dy.shape[0], a.shape[1])) if flags & NEED_DX else None,
+        torch.empty_like(a) if flags & NEED_DA else None,
+        torch.empty_like(b) if flags & NEED_DB else None,
+        torch.empty_like(sums) if flags & NEED_DMAG else None,
+        torch.empty_like(sums) if flags & NEED_DBIAS else None,
+    )
+
+
+_BWD_RETURNS = "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)"
+
+
+@op(f"lora_bwd(Tensor dy, Tensor? x, Tensor w, {_BWD_TAIL}) -> {_BWD_RETURNS}")
+def _lora_bwd(dy: Tensor, x: Tensor | None, w: Tensor, *tail: Any) -> tuple[Tensor | None, ...]:
+    return _backward(dy, x, w, DENSE, tail)
+
+
+@fake("lora_bwd")
+def _(dy: Tensor, x: Tensor | None, w: Tensor, *tail: Any) -> tuple[Tensor | None, ...]:
+    return _fake_backward(dy, tail)
+
+
+@op(f"qlora_bwd(Tensor dy, Tensor? x, {_PACKED}, {_BWD_TAIL}) -> {_BWD_RETURNS}")
+def _qlora_bwd(dy: Tensor, x: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+    tail = args[8:]
+    weight = PackedWeight._make((*args[:7], (dy.shape[1], tail[0].shape[1])))
+    return _backward(dy, x, weight, format_of(weight, args[7]), tail)
+
+
+@fake("qlora_bwd")
+def _(dy: Tensor, x: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+    return _fake_backward(dy, args[8:])
+
+
+def flags_of(
+    *,
+    bias: bool = False,
+    dropout: bool = False,
+    dora: bool = False,
+    shared: bool = False,
+    train: bool = False,
+    save_mask: bool = False,
+) -> int:
+    """The forward's `Problem.flags`."""
+    return (
+        BIAS * bias
+        | DROPOUT * dropout
+        | DORA * dora
+        | SHARED * (dora and dropout and shared)
+        | TRAIN * train
+        | SAVE_MASK * (train and dropout and save_mask)
+    )

@@ -1,0 +1,136 @@
+"""The registry: reasons, choice, forcing, caching and the words `explain` uses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import backends
+from fastlora.dispatch import cost, registry
+from fastlora.dispatch.registry import Kernel, Limits
+from fastlora.errors import ConfigError, UnsupportedError
+from fastlora.problem import BIAS, DENSE, DORA, DROPOUT, NEED_DX, TRAIN, Format, Problem
+
+backends.load()
+PROBLEM = Problem("lora_fwd", 64, 32, 48, 8, torch.float32, torch.float32, DENSE, BIAS, "cpu")
+
+
+@pytest.fixture
+def scratch(monkeypatch):
+    """A registry of its own, so that test kernels do not stay."""
+    monkeypatch.setattr(registry, "_kernels", {})
+    monkeypatch.setattr(registry, "_selected", {})
+
+
+def _kernel(backend, seconds=1.0, **limits):
+    return registry.register(
+        Kernel("lora_fwd", backend, run=lambda *a: backend, limits=Limits(**limits), seconds=lambda p: seconds)
+    )
+
+
+@pytest.mark.usefixtures("scratch")
+def test_the_cheapest_able_kernel_is_chosen():
+    slow = _kernel("slow", 2.0)
+    fast = _kernel("fast", 1.0, dtypes=frozenset({torch.bfloat16}))
+    assert registry.select(PROBLEM) is slow
+    assert registry.select(PROBLEM._replace(dtype=torch.bfloat16)) is fast
+    faster = _kernel("faster", 0.5)  # registering forgets earlier choices
+    assert registry.select(PROBLEM) is faster
+
+
+@pytest.mark.usefixtures("scratch")
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"devices": frozenset({"cuda"})}, "device must be one of cuda, got cpu"),
+        ({"dtypes": frozenset({torch.float16})}, "dtype must be one of float16, got float32"),
+        ({"adapter_dtypes": frozenset({torch.float16})}, "adapter dtype must be one of float16, got float32"),
+        ({"formats": frozenset({"nf4", "fp4"})}, "weight format must be one of fp4, nf4, got dense"),
+        ({"flags": DROPOUT}, "cannot do bias"),
+        ({"max_m": 4}, "at most 4 tokens, got 64"),
+        ({"max_r": 4}, "rank at most 4, got 8"),
+        ({"missing": lambda: "library not built"}, "library not built"),
+    ],
+)
+def test_every_limit_has_its_sentence(limits, words):
+    _kernel("picky", **limits)
+    with pytest.raises(UnsupportedError) as caught:
+        registry.select(PROBLEM)
+    assert caught.value.reasons == {"picky": [words]}
+    assert words in str(caught.value) and str(PROBLEM) in str(caught.value)
+    assert words in registry.explain(PROBLEM)
+
+
+@pytest.mark.usefixtures("scratch")
+def test_forcing_never_falls_back():
+    _kernel("able")
+    _kernel("unable", dtypes=frozenset({torch.float16}))
+    assert registry.select(PROBLEM, "able").backend == "able"
+    with pytest.raises(UnsupportedError, match="'unable' cannot run"):
+        registry.select(PROBLEM, "unable")
+    with pytest.raises(UnsupportedError, match="unknown backend 'nobody'"):
+        registry.select(PROBLEM, "nobody")
+    with fastlora.settings.override(backend="unable"), pytest.raises(UnsupportedError):
+        registry.select(PROBLEM)
+    assert registry.select(PROBLEM).backend == "able"  # the override ended
+
+
+@pytest.mark.usefixtures("scratch")
+def test_choices_are_cached_and_the_cache_is_bounded(monkeypatch):
+    calls = []
+    registry.register(
+        Kernel("lora_fwd", "counting", run=len, limits=Limits(), seconds=lambda p: calls.append(p) or 1.0)
+    )
+    monkeypatch.setattr(registry, "_CACHE_SIZE", 3)
+    for _ in range(5):
+        registry.select(PROBLEM)
+    assert len(calls) == 1
+    for m in range(10):
+        registry.select(PROBLEM._replace(m=m))
+    assert len(registry._selected) <= 3
+
+
+def test_every_op_has_a_reference_kernel():
+    ops = {kernel.op for kernel in registry.kernels()}
+    assert ops == {kernel.op for kernel in registry.kernels() if kernel.backend == "reference"}
+    assert "lora_fwd" in ops and "lora_bwd" in ops
+
+
+def test_explain_marks_the_choice():
+    text = registry.explain(PROBLEM)
+    chosen = registry.select(PROBLEM)
+    arrow = [line for line in text.splitlines() if line.startswith("->")]
+    assert len(arrow) == 1 and chosen.backend in arrow[0] and "us predicted" in arrow[0]
+    layer = fastlora.QLoraLinear(48, 32, r=4, use_dora=True)
+    words = layer.explain(16)
+    assert all(op in words for op in ("lora_fwd", "lora_bwd", "dora_norm")) and "nf4/64+nested" in words
+
+
+def test_work_counts():
+    m, n, k, r = 128, 256, 512, 8
+    problem = Problem("lora_fwd", m, n, k, r, torch.bfloat16, torch.float32, DENSE, 0, "cpu")
+    work = cost.work(problem)
+    assert work.flops == 2 * m * n * k + 2 * m * r * (n + k)
+    assert work.bytes == 2 * n * k + 4 * r * (n + k) + 2 * m * (n + k)
+    peft_dropout = problem._replace(flags=DORA | DROPOUT)
+    assert cost.work(peft_dropout).flops - work.flops == 2 * m * n * k
+    quantized = problem._replace(format=Format("nf4", 64, nested=True))
+    assert cost.weight_bytes(quantized.format, n, k, 2) * 8 / (n * k) == pytest.approx(4.127, abs=1e-3)
+    backward = problem._replace(op="lora_bwd", flags=NEED_DX)
+    assert cost.work(backward).flops >= 2 * m * n * k
+    assert cost.work(problem._replace(flags=TRAIN)).bytes > work.bytes
+
+
+def test_settings_refuse_unknown_names_and_values(monkeypatch):
+    with pytest.raises(ConfigError, match="bakend"), fastlora.settings.override(bakend="cpu"):
+        pass
+    monkeypatch.setenv("FASTLORA_LOW_MEMORY", "yes")
+    with pytest.raises(ConfigError, match="FASTLORA_LOW_MEMORY must be 0 or 1, got 'yes'"):
+        fastlora.settings._from_environment()
+    monkeypatch.setenv("FASTLORA_LOW_MEMORY", "1")
+    monkeypatch.setenv("FASTLORA_BACKEND", "reference")
+    read = fastlora.settings._from_environment()
+    assert read == dataclasses.replace(fastlora.settings.Settings(), low_memory=True, backend="reference")
