@@ -55,13 +55,18 @@ class BuildLibrary(build_ext):
 
     built = False  # by this process
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.in_place_asked = bool(self.inplace)  # setuptools hides it from build_extension
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], LIBRARY)
 
     def build_extension(self, ext: Extension) -> None:
         target = pathlib.Path(self.get_ext_fullpath(ext.name))
         # An editable install reads the source tree, whatever directory setuptools builds in.
-        places = [target.parent, pathlib.Path("fastlora/_lib")] if self.inplace or self.editable_mode else [target.parent]
+        in_tree = self.in_place_asked or self.editable_mode
+        places = [target.parent, pathlib.Path("fastlora/_lib")] if in_tree else [target.parent]
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
             for name in (LIBRARY, REASON):

@@ -15,6 +15,13 @@ _COLOURS = {
     "fastlora-16bit": "#81c784",
 }
 
+# Whom the CPU plot shows, as cpu_report names them.
+_AGAINST = {
+    "linear-fp32": ("over nn.Linear fp32", "#9e9e9e"),
+    "bitsandbytes": ("over bitsandbytes", "#bcaaa4"),
+    "peft": ("over PEFT (its faster setting)", "#1976d2"),
+}
+
 
 def draw(report: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:
     """Write the plots.
@@ -47,6 +54,83 @@ def draw(report: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:
         pyplot.close(figure)
         written.append(name)
     return written, None if written else "no number to plot"
+
+
+def draw_speedups(report: dict[str, Any], path: Path) -> str | None:
+    """The CPU benchmarks: our speed-up over nn.Linear in fp32, bitsandbytes and PEFT, one panel a dtype.
+
+    Returns:
+        why there is no picture, None when it was written.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        return f"matplotlib cannot be imported: {error}"
+    panels = {dtype: _speedups(report, dtype) for dtype in ("fp32", "bf16")}
+    panels = {dtype: entries for dtype, entries in panels.items() if entries}
+    if not panels:
+        return "no number to plot"
+    tallest = max(len(entries) for entries in panels.values())
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(7.5 * len(panels), 1.6 + 0.42 * tallest), layout="constrained", squeeze=False
+    )
+    for axes, (dtype, entries) in zip(grid[0], panels.items(), strict=True):
+        _speedup_bars(axes, dtype, entries)
+    about = report["environment"]
+    bf16 = "native bf16" if about["native_bf16"] else "no native bf16"
+    tiny = "TINY CASES, not a measurement: " if report["mode"] == "tiny" else ""
+    figure.suptitle(
+        f"{tiny}speed-up of fastlora (right of 1: fastlora is faster)\n"
+        f"{about['cpu']}, {about['torch_tier']}, {bf16}, {report['threads']} thread(s), torch "
+        f"{about['packages']['torch']}",
+        fontsize=11,
+    )
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=len(labels))
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+    return None
+
+
+def _speedups(report: dict[str, Any], dtype: str) -> list[tuple[str, dict[str, float]]]:
+    """Label and known speed-ups of every case of a dtype that has any."""
+    found = []
+    for entry in report["summary"]:
+        label = f"{entry['suite']}: {entry['case']}"
+        known = {name: entry["speedup"][name] for name in _AGAINST if entry["speedup"][name] is not None}
+        if label.endswith(f"-{dtype}") and known:
+            found.append((label.removesuffix(f"-{dtype}"), known))
+    return found
+
+
+def _speedup_bars(axes: Any, dtype: str, entries: list[tuple[str, dict[str, float]]]) -> None:
+    width = 0.8 / len(_AGAINST)
+    for index, (name, (label, colour)) in enumerate(_AGAINST.items()):
+        spots = [group - 0.4 + (index + 0.5) * width for group, (_, known) in enumerate(entries) if name in known]
+        values = [known[name] for _, known in entries if name in known]
+        # Bars start at 1: on a logarithmic axis a loss reaches left as far as the equal gain reaches right.
+        axes.barh(spots, [value - 1 for value in values], width, left=1, label=label, color=colour)
+        for spot, value in zip(spots, values, strict=True):
+            side = "left" if value >= 1 else "right"
+            axes.annotate(
+                f"{value:.2f}" if value < 10 else f"{value:.0f}",
+                (value, spot),
+                xytext=(2 if value >= 1 else -2, 0),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=6,
+            )
+    axes.set_xscale("log")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(entries)), [label for label, _ in entries], fontsize=7)
+    axes.set_ylim(len(entries) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.set_title(dtype, fontsize=10)
+    axes.set_xlabel("other's median time / ours (log scale)")
 
 
 def _names(report: dict[str, Any], labels: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ DORA_DROPOUT = ("peft", "shared")
 BIAS = ("none", "all", "lora_only")
 
 # Fields of a peft.LoraConfig that say nothing about the mathematics.
-_PEFT_BOOKKEEPING = frozenset(
+PEFT_BOOKKEEPING = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
@@ -78,21 +79,57 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ConfigError(f"r must be an integer of at least 1, got {self.r!r}")
-        if not isinstance(self.lora_alpha, (int, float)) or not math.isfinite(self.lora_alpha):
+        if not _is_number(self.lora_alpha):
             raise ConfigError(f"lora_alpha must be a finite number, got {self.lora_alpha!r}")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.dora_dropout not in DORA_DROPOUT:
             raise ConfigError(f"dora_dropout must be one of {', '.join(DORA_DROPOUT)}, got {self.dora_dropout!r}")
         if self.bias not in BIAS:
             raise ConfigError(f"bias must be one of {', '.join(BIAS)}, got {self.bias!r}")
-        if self.init_bound is not None and not self.init_bound > 0:
-            raise ConfigError(f"init_bound must be positive, got {self.init_bound!r}")
+        if self.init_bound is not None and not (_is_number(self.init_bound) and self.init_bound > 0):
+            raise ConfigError(f"init_bound must be a positive finite number or None, got {self.init_bound!r}")
+        seed = self.init_seed
+        if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63 - 1):
+            raise ConfigError(f"init_seed must be an integer in [0, 2**63 - 1) or None, got {seed!r}")
         if not isinstance(self.adapter_dtype, torch.dtype) or not self.adapter_dtype.is_floating_point:
             raise DtypeError(f"adapter_dtype must be a floating-point torch.dtype, got {self.adapter_dtype!r}")
+        self._check_names()
+        self._check_patterns()
+
+    def _check_names(self) -> None:
+        """The fields that choose modules: of the right type, regular expressions that compile."""
+        if self.target_modules is None:
+            raise ConfigError('target_modules must be "all-linear", a regular expression or a list of names, got None')
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _check_regex(name, value)
+            elif value is not None and not (
+                isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
+            ):
+                raise ConfigError(f"{name} must be a string or a list of strings, got {value!r}")
+        for pattern in () if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            _check_regex("layers_pattern", pattern)
+        wanted = self.layers_to_transform
+        indices = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        if wanted is not None and not all(isinstance(index, int) for index in indices):
+            raise ConfigError(f"layers_to_transform must be an integer or a list of integers, got {wanted!r}")
+        if self.layers_pattern and wanted is None:
+            raise ConfigError(f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform")
+
+    def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ConfigError(f"{name} must map name patterns to numbers, got {getattr(self, name)!r}")
+            patterns = getattr(self, name)
+            if not isinstance(patterns, Mapping):
+                raise ConfigError(f"{name} must map name patterns to numbers, got {patterns!r}")
+            for pattern, value in patterns.items():
+                _check_regex(name, pattern)
+                if not _is_number(value) or (name == "rank_pattern" and not (isinstance(value, int) and value > 0)):
+                    raise ConfigError(f"{name}[{pattern!r}] does not fit the field, got {value!r}")
 
     @property
     def scaling(self) -> float:
@@ -127,6 +164,17 @@ class LoraConfig:
         return cls(**values)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_regex(field: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
+
+
 def _from_peft(config: Any) -> dict[str, Any]:
     """The fields of a peft.LoraConfig we honour; anything else that differs from PEFT's default is refused by name."""
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
@@ -135,10 +183,17 @@ def _from_peft(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in known:
+        if field.name == "loftq_config":
+            # PEFT ignores it for any other init; ours does one iteration of the base's own 4-bit format.
+            ours: tuple[dict[str, int], ...] = ({}, {"loftq_bits": 4, "loftq_iter": 1})
+            if config.init_lora_weights == "loftq" and dict(value or {}) not in ours:
+                raise ConfigError(f"peft.LoraConfig field loftq_config={value!r} is not supported: 4 bits, 1 iteration")
+        elif field.name == "target_modules" and value is None:
+            values["target_modules"] = []  # PEFT would look the model's type up: never all linears in silence
+        elif field.name in known:
             if value is not None:
                 values[field.name] = sorted(value) if isinstance(value, set) else value
-        elif field.name not in _PEFT_BOOKKEEPING and value != _default(field):
+        elif field.name not in PEFT_BOOKKEEPING and value != _default(field):
             raise ConfigError(f"peft.LoraConfig field {field.name}={value!r} is not supported by fastlora's own layers")
     return values
 

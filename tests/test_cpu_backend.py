@@ -225,9 +225,7 @@ class Case:
         return reference.Dropout(philox.unpack_bits(bits, problem.k), philox.keep_scale(self.p), shared)
 
     def adapter(self) -> reference.Adapter:
-        return reference.in_dtype(
-            reference.Adapter(self.a, self.b, self.scale, self.mag, self.norm), torch.float64
-        )
+        return reference.in_dtype(reference.Adapter(self.a, self.b, self.scale, self.mag, self.norm), torch.float64)
 
     def forward(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         dropout = (self.seed, self.stream, self.p)
@@ -381,7 +379,8 @@ def train_case(dtype: torch.dtype = torch.float32) -> Case:
 
 
 def test_threads_and_repeats_do_not_change_a_bit(tier: str) -> None:
-    for case in (train_case(), train_case(torch.bfloat16), Case(4, 3000, 1024, 16, torch.float32, "nf4", 0, torch.float32)):
+    few = Case(4, 3000, 1024, 16, torch.float32, "nf4", 0, torch.float32)
+    for case in (train_case(), train_case(torch.bfloat16), few):
         results = []
         for count in (1, 2, 2, 3):
             torch.set_num_threads(count)
@@ -396,7 +395,7 @@ def test_repeated_calls_do_not_grow(tier: str) -> None:
     case = train_case()
 
     def once() -> None:
-        y, h, mask, z = case.forward()
+        _, h, mask, z = case.forward()
         case.backward(h, mask, z)
 
     for _ in range(3):
@@ -407,10 +406,14 @@ def test_repeated_calls_do_not_grow(tier: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before <= 2048  # KiB
 
 
+def _checksum() -> float:
+    torch.manual_seed(5)
+    return Case(40, 200, 256, 8, torch.float32, "nf4", 0, torch.float32).forward()[0].sum().item()
+
+
 def _forward_in_child(queue: multiprocessing.queues.Queue[float]) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(5)
-    queue.put(Case(40, 200, 256, 8, torch.float32, "nf4", 0, torch.float32).forward()[0].sum().item())
+    queue.put(_checksum())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -424,8 +427,7 @@ def test_one_thread_works_after_a_fork() -> None:
     child.start()
     child.join(30)
     assert child.exitcode == 0
-    torch.manual_seed(5)
-    assert queue.get(timeout=5) == Case(40, 200, 256, 8, torch.float32, "nf4", 0, torch.float32).forward()[0].sum().item()
+    assert queue.get(timeout=5) == _checksum()
 
 
 def test_forced_tiers_are_checked() -> None:

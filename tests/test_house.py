@@ -88,7 +88,9 @@ def broad_handlers(tree: ast.Module) -> Iterator[int]:
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             names = {getattr(kind, "id", None) for kind in caught}
-            if node.type is None or names & {"Exception", "BaseException"}:
+            # Undoing and raising again, also at Ctrl-C, hides nothing.
+            raises_again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            if (node.type is None or names & {"Exception", "BaseException"}) and not raises_again:
                 yield node.lineno
 
 

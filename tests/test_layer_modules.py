@@ -232,7 +232,6 @@ def test_built_on_meta_inside_a_model_and_loaded_by_assignment(kind):
     same(empty(x), real(x))
 
 
-# OPEN: a forward on meta fails in `fastlora.ops.lora.autocast_dtype`: torch.is_autocast_enabled("meta") raises.
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_forward_on_meta_gives_the_shape(kind, use_dora):
@@ -352,6 +351,7 @@ def test_weights_of_other_quantizers_are_refused_by_name():
         ({"r": 0}, ConfigError),
         ({"lora_dropout": 1.0}, ConfigError),
         ({"config": 5}, TypeError),
+        ({"bias": "lora_only"}, TypeError),
         ({"config": {"r": 0}}, ConfigError),
     ],
     ids=str,

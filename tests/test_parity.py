@@ -70,6 +70,15 @@ def test_larger_shapes_within_budget(quant):
             assert judge(case, inputs, run(case, inputs, backend)) == [], backend
 
 
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_long_reductions_of_few_tokens_within_budget(p):
+    """da and db of a few tokens inherit the error of g = dy b and h = x a^T: long sums must not run in one chain."""
+    for case in (Case(8, 4096, 64, 16, quant="nf4", p=p), Case(8, 64, 4096, 16, quant="nf4", p=p, dora=True)):
+        inputs = make_inputs(case)
+        for backend in able(case):
+            assert judge(case, inputs, run(case, inputs, backend)) == [], backend
+
+
 def _tf32(t: torch.Tensor) -> torch.Tensor:
     """Round fp32 to the 10-bit mantissa of tf32."""
     bits = t.float().view(torch.int32)

@@ -99,7 +99,7 @@ def test_a_custom_code_survives(variant):
 
 
 @pytest.mark.parametrize(
-    "pair", [("nested", "plain"), ("plain", "nested"), ("fp4", "nested"), ("nested", "fp4")], ids=str
+    "pair", [("nested", "plain"), ("plain", "nested"), ("fp4", "nested"), ("nested", "fp4")], ids="->".join
 )
 def test_the_format_is_the_state_dicts(pair):
     """A checkpoint of another 4-bit format brings its format along."""
@@ -400,9 +400,7 @@ def test_requires_grad_survives_loading():
 def test_bnb_keys_out_and_in(variant):
     one, two = build(variant, 1), build(variant, 2)
     state = fastlora.bnb_state_dict(one)
-    assert not any(
-        key.startswith(("weight.packed", "weight.quant_state.")) and "bitsandbytes" not in key for key in state
-    )
+    assert "weight.packed" not in state and "weight.quant_state" not in state
     assert state["weight"].data_ptr() == one.weight.packed.data_ptr()
     two.load_state_dict(state)
     assert snapshot(two) == snapshot(one)
@@ -510,7 +508,7 @@ def test_a_quantized_weight_alone_round_trips(double_quant):
 
 
 class NF4Tensor:
-    """Stand-in for torchao's NF4Tensor (torchao is no dependency): the attributes `from_torchao` reads, same meaning."""
+    """Stand-in for torchao's NF4Tensor (torchao is not installed): the attributes `from_torchao` reads."""
 
     def __init__(self, w, block_size=64, scaler_block_size=256):
         self.shape, self.dtype, self.block_size, self.scaler_block_size = (

@@ -24,11 +24,16 @@ thread_local Buffer buffers[SCRATCH_SLOTS];
 
 const Tier* compiled(int64_t tier) {
     switch (tier) {
-        case TIER_AVX512_BF16: return fl_tier_avx512_bf16();
-        case TIER_AVX512: return fl_tier_avx512();
-        case TIER_AVX2: return fl_tier_avx2();
-        case TIER_SCALAR: return fl_tier_scalar();
-        default: return nullptr;
+        case TIER_AVX512_BF16:
+            return fl_tier_avx512_bf16();
+        case TIER_AVX512:
+            return fl_tier_avx512();
+        case TIER_AVX2:
+            return fl_tier_avx2();
+        case TIER_SCALAR:
+            return fl_tier_scalar();
+        default:
+            return nullptr;
     }
 }
 
@@ -45,9 +50,12 @@ bool cpu_has(int64_t tier) {
 #else
             return false;
 #endif
-        case TIER_AVX512: return avx512;
-        case TIER_AVX2: return avx2;
-        default: return tier == TIER_SCALAR;
+        case TIER_AVX512:
+            return avx512;
+        case TIER_AVX2:
+            return avx2;
+        default:
+            return tier == TIER_SCALAR;
     }
 #else
     return tier == TIER_SCALAR;
@@ -137,7 +145,8 @@ FL_API int64_t fl_quantize(const Args* args) {
     const Tier* tier = compiled(args->tier);
     if (!tier || !cpu_has(args->tier)) return FL_NO_TIER;
     const int64_t blocks = (args->k + args->blocksize - 1) / args->blocksize;
-    slices(team_size(*args, (double)args->k * 8), blocks, 64, [&](int64_t first, int64_t last) { tier->quantize(*args, first, last); });
+    slices(team_size(*args, (double)args->k * 8), blocks, 64,
+           [&](int64_t first, int64_t last) { tier->quantize(*args, first, last); });
     return FL_OK;
 }
 

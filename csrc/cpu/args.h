@@ -14,13 +14,22 @@ enum Status : int64_t { FL_OK = 0, FL_NO_MEMORY = 1, FL_NO_TIER = 2 };
 
 // Bits of fastlora.problem.
 enum Flag : int64_t {
-    BIAS = 1, DROPOUT = 2, DORA = 4, SHARED = 8, TRAIN = 16,
-    NEED_DX = 32, NEED_DA = 64, NEED_DB = 128, NEED_DMAG = 256, NEED_DBIAS = 512, SAVE_MASK = 1024,
+    BIAS = 1,
+    DROPOUT = 2,
+    DORA = 4,
+    SHARED = 8,
+    TRAIN = 16,
+    NEED_DX = 32,
+    NEED_DA = 64,
+    NEED_DB = 128,
+    NEED_DMAG = 256,
+    NEED_DBIAS = 512,
+    SAVE_MASK = 1024,
 };
 
 struct Args {
     int64_t m, n, k, r;
-    int64_t dtype;    // of x, y, dy, dx, z and of a dense weight; for quantize the source's, for dequantize the output's
+    int64_t dtype;  // of x, y, dy, dx, z and of a dense weight; for quantize the source's, for dequantize the output's
     int64_t flags;
     int64_t threads, tier;
     int64_t threshold;  // of the dropout decision
@@ -32,20 +41,20 @@ struct Args {
     int64_t kind, blocksize;
     const void* dense;
     const uint8_t* packed;
-    const float* absmax;            // [blocks], or absent when nested
-    const uint8_t* absmax_codes;    // [blocks], nested
-    const float* nested_absmax;     // [ceil(blocks / 256)]
-    const float* nested_offset;     // [1]
-    const float* code;              // [16], or absent: the standard table of `kind`
+    const float* absmax;          // [blocks], or absent when nested
+    const uint8_t* absmax_codes;  // [blocks], nested
+    const float* nested_absmax;   // [ceil(blocks / 256)]
+    const float* nested_offset;   // [1]
+    const float* code;            // [16], or absent: the standard table of `kind`
     // activations and adapter, fp32 where not said otherwise
-    const void* x;     // dtype
+    const void* x;  // dtype
     const float *a, *b, *bias, *mag, *norm;
-    void* y;           // dtype
-    float* h;          // [m,r]
-    uint8_t* mask;     // [m, ceil(k/8)]
-    void* z;           // dtype [m,n]
-    const void* dy;    // dtype [m,n]
-    void* dx;          // dtype [m,k]
+    void* y;         // dtype
+    float* h;        // [m,r]
+    uint8_t* mask;   // [m, ceil(k/8)]
+    void* z;         // dtype [m,n]
+    const void* dy;  // dtype [m,n]
+    void* dx;        // dtype [m,k]
     float *da, *db, *dmag, *dbias;
     // quantize and friends
     uint8_t* out_bytes;
@@ -69,17 +78,18 @@ struct Tier {
 // State of one call, seen by all its threads.
 struct Shared {
     const Args& args;
-    int64_t failed;      // a thread found no memory
-    float* memory;       // shared scratch
-    int64_t* counters;   // one work counter a phase
+    int64_t failed;     // a thread found no memory
+    float* memory;      // shared scratch
+    int64_t* counters;  // one work counter a phase
 };
 
 const Tier* fl_tier_scalar();
-const Tier* fl_tier_avx2();        // null where not compiled in
+const Tier* fl_tier_avx2();  // null where not compiled in
 const Tier* fl_tier_avx512();
 const Tier* fl_tier_avx512_bf16();
 
-// Scratch of the calling thread: grows, never shrinks, freed when the thread ends. 64-byte aligned; null without memory.
+// Scratch of the calling thread: grows, never shrinks, freed when the thread ends. 64-byte aligned; null without
+// memory.
 enum { SCRATCH_SHARED = 0, SCRATCH_THREAD = 1, SCRATCH_SLOTS = 2 };
 float* fl_scratch(int slot, int64_t floats);
 

@@ -12,7 +12,7 @@ template <bool PAIR>
 struct Backward {
     const Args& args;
     Shared& shared;
-    const int64_t units, rank, features;
+    const int64_t units, rank, features, tile_units;
     const bool drop, dora, twice, need_dx, need_g;
     // shared; g [m][rank], h_rows [m][rank]
     float *b_rows, *g_rows, *h_rows, *scaled_g, *packed, *packed_drop, *all_scales, *column;
@@ -20,9 +20,17 @@ struct Backward {
     float *rows, *units_buffer, *panel, *g_panel, *tile, *c1, *c2, *a_rows, *out, *out2, *lanes, *sums;
 
     Backward(Shared& s)
-        : args(s.args), shared(s), units(PAIR ? ceil_div(args.n, 2) : args.n), rank(padded_rank(args)),
-          features(features_of(args.k, FEATURES_BWD, args.threads)), drop(args.flags & DROPOUT), dora(args.flags & DORA),
-          twice(two_bases(args)), need_dx(args.flags & NEED_DX), need_g(args.flags & (NEED_DX | NEED_DA)) {}
+        : args(s.args),
+          shared(s),
+          units(PAIR ? ceil_div(args.n, 2) : args.n),
+          rank(padded_rank(args)),
+          features(args.m <= MANY ? (int64_t)FEATURES_BWD_FEW : features_of(args.k, FEATURES_BWD, args.threads)),
+          tile_units(args.m <= MANY ? (int64_t)UNITS_BWD_FEW : (int64_t)Tiled<PAIR>::UNITS),
+          drop(args.flags & DROPOUT),
+          dora(args.flags & DORA),
+          twice(two_bases(args)),
+          need_dx(args.flags & NEED_DX),
+          need_g(args.flags & (NEED_DX | NEED_DA)) {}
 
     int64_t carve_shared(float* base) {
         Arena arena(base);
@@ -45,10 +53,10 @@ struct Backward {
         units_buffer = arena.take(PANEL * DEPTH / 2);
         panel = arena.take(PANEL * DEPTH);
         g_panel = arena.take(rank * PANEL);
-        tile = arena.take(need_dx ? DEPTH * FEATURES_BWD : 0);
+        tile = arena.take(need_dx ? tile_units * features : 0);
         c1 = arena.take(wide * features);
         c2 = arena.take(drop ? wide * features : 0);
-        a_rows = arena.take((args.r + 1) * FEATURES_BWD);
+        a_rows = arena.take((args.r + 1) * features);
         out = arena.take(PANEL * features);
         out2 = arena.take(drop ? PANEL * features : 0);
         lanes = arena.take(DEPTH * LANES);
@@ -62,7 +70,8 @@ struct Backward {
         const int64_t from = index * 1024;
         if (need_g && rank != args.r) pad_rows(args.b, from, min64(args.n, from + 1024), b_rows);
         if ((args.flags & NEED_DB) && rank != args.r) pad_rows(args.h, from, min64(args.m, from + 1024), h_rows);
-        if (need_dx && args.absmax_codes && from < blocks()) scales_of(args, from, min64(blocks(), from + 1024), all_scales + from);
+        if (need_dx && args.absmax_codes && from < blocks())
+            scales_of(args, from, min64(blocks(), from + 1024), all_scales + from);
         if (dora)
             for (int64_t i = from; i < min64(args.n, from + 1024); ++i) column[i] = args.mag[i] / args.norm[i];
     }
@@ -79,7 +88,8 @@ struct Backward {
         memset(g_panel, 0, (size_t)(rank * width) * 4);
         for (int64_t n0 = 0; n0 < args.n; n0 += DEPTH) {
             const int64_t count = min64(DEPTH, args.n - n0), at = p * PANEL * units + (PAIR ? n0 / 2 : n0) * width;
-            for (int64_t t = 0; t < tokens; ++t) to_f32(args.dy, args.dtype, (row0 + t) * args.n + n0, count, rows + t * DEPTH);
+            for (int64_t t = 0; t < tokens; ++t)
+                to_f32(args.dy, args.dtype, (row0 + t) * args.n + n0, count, rows + t * DEPTH);
             if (need_dx && twice) {
                 put_panel<PAIR>(rows, tokens, count, width, units_buffer, packed + at);
                 scale_rows(tokens, count, column + n0, panel, 1.0f);
@@ -108,19 +118,19 @@ struct Backward {
         if (args.absmax_codes) source.scales = all_scales;
         memset(c1, 0, bytes);
         if (drop) memset(c2, 0, bytes);
-        for (int64_t unit = 0; unit < units; unit += DEPTH) {
-            const int64_t depth = min64(DEPTH, units - unit), n0 = unit * (1 + PAIR);
-            tile_bwd<PAIR>(source, n0, min64(args.n, n0 + DEPTH * (1 + PAIR)), k0, count, tile);
+        for (int64_t unit = 0; unit < units; unit += tile_units) {
+            const int64_t depth = min64(tile_units, units - unit), n0 = unit * (1 + PAIR);
+            tile_bwd<PAIR>(source, n0, min64(args.n, n0 + tile_units * (1 + PAIR)), k0, count, features, tile);
             for (int64_t p = 0; p < chunk.panels(); ++p) {
                 const int64_t width = chunk.width(p), at = p * PANEL * units + unit * width, c = p * PANEL * features;
-                tile_times_panel<1, PAIR>(packed + at, width, tile, FEATURES_BWD, depth, c1 + c, count);
-                if (twice) tile_times_panel<1, PAIR>(packed_drop + at, width, tile, FEATURES_BWD, depth, c2 + c, count);
+                tile_times_panel<1, PAIR>(packed + at, width, tile, features, depth, c1 + c, count);
+                if (twice) tile_times_panel<1, PAIR>(packed_drop + at, width, tile, features, depth, c2 + c, count);
             }
         }
-        for (int64_t j = 0; j < args.r; ++j) memcpy(a_rows + j * FEATURES_BWD, args.a + j * args.k + k0, (size_t)count * 4);
+        for (int64_t j = 0; j < args.r; ++j) memcpy(a_rows + j * features, args.a + j * args.k + k0, (size_t)count * 4);
         for (int64_t p = 0; p < chunk.panels(); ++p) {
             float* c = (drop ? c2 : c1) + p * PANEL * features;
-            tile_times_panel<1, false>(scaled_g + p * PANEL * rank, chunk.width(p), a_rows, FEATURES_BWD, args.r, c, count);
+            tile_times_panel<1, false>(scaled_g + p * PANEL * rank, chunk.width(p), a_rows, features, args.r, c, count);
             finish_dx(chunk, p, k0, count);
         }
     }
@@ -167,7 +177,8 @@ struct Backward {
         memset(sums, 0, (size_t)((rank + 3) * LANES) * 4);
         for (int64_t m0 = 0; m0 < args.m; m0 += DEPTH) {
             const int64_t depth = min64(DEPTH, args.m - m0);
-            for (int64_t t = 0; t < depth; ++t) to_f32(args.dy, args.dtype, (m0 + t) * args.n + n0, count, lanes + t * LANES);
+            for (int64_t t = 0; t < depth; ++t)
+                to_f32(args.dy, args.dtype, (m0 + t) * args.n + n0, count, lanes + t * LANES);
             if (args.flags & NEED_DB)
                 for (int64_t j = 0; j < count; j += PANEL)
                     adapter_times_panel(lanes + j, LANES, PANEL, h + m0 * rank, rank, depth, sums + j, LANES, rank);
@@ -185,7 +196,8 @@ struct Backward {
     }
 
     // total += sum over the block's tokens of dy, or of dy o z: a partial sum a block keeps long sums accurate.
-    void add_column_sums(int64_t m0, int64_t depth, int64_t n0, int64_t count, bool times_z, float* block, float* total) {
+    void add_column_sums(int64_t m0, int64_t depth, int64_t n0, int64_t count, bool times_z, float* block,
+                         float* total) {
         float z[LANES];
         memset(block, 0, LANES * 4);
         for (int64_t t = 0; t < depth; ++t) {

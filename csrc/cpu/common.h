@@ -20,8 +20,16 @@ FL_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 FL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-FL_INLINE uint32_t bits_of(float v) { uint32_t u; memcpy(&u, &v, 4); return u; }
-FL_INLINE float float_of(uint32_t u) { float v; memcpy(&v, &u, 4); return v; }
+FL_INLINE uint32_t bits_of(float v) {
+    uint32_t u;
+    memcpy(&u, &v, 4);
+    return u;
+}
+FL_INLINE float float_of(uint32_t u) {
+    float v;
+    memcpy(&v, &u, 4);
+    return v;
+}
 
 FL_INLINE float bf16_to_f32(uint16_t v) { return float_of((uint32_t)v << 16); }
 
@@ -64,7 +72,9 @@ FL_INLINE void from_f32_one(float v, void* dst, int64_t dtype, int64_t i) {
 }
 
 FL_INLINE int64_t item_size(int64_t dtype) { return dtype == F32 ? 4 : 2; }
-FL_INLINE const void* at(const void* base, int64_t dtype, int64_t i) { return (const char*)base + i * item_size(dtype); }
+FL_INLINE const void* at(const void* base, int64_t dtype, int64_t i) {
+    return (const char*)base + i * item_size(dtype);
+}
 FL_INLINE void* at(void* base, int64_t dtype, int64_t i) { return (char*)base + i * item_size(dtype); }
 
 FL_INLINE const float* code_of(const Args& args) {

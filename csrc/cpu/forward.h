@@ -8,7 +8,9 @@
 
 namespace {
 
-FL_INLINE bool two_bases(const Args& args) { return (args.flags & DORA) && (args.flags & DROPOUT) && !(args.flags & SHARED); }
+FL_INLINE bool two_bases(const Args& args) {
+    return (args.flags & DORA) && (args.flags & DROPOUT) && !(args.flags & SHARED);
+}
 
 template <bool PAIR>
 struct Forward {
@@ -22,8 +24,13 @@ struct Forward {
     float *rows, *units_buffer, *panel, *h_panel, *mask_buffer, *tile, *c1, *c2, *b_t, *scales, *out, *out2, *column;
 
     Forward(Shared& s)
-        : args(s.args), shared(s), units(PAIR ? ceil_div(args.k, 2) : args.k), rank(padded_rank(args)),
-          features(features_of(args.n, FEATURES_FWD, args.threads)), drop(args.flags & DROPOUT), dora(args.flags & DORA),
+        : args(s.args),
+          shared(s),
+          units(PAIR ? ceil_div(args.k, 2) : args.k),
+          rank(padded_rank(args)),
+          features(args.m <= MANY ? (int64_t)FEATURES_FWD_FEW : features_of(args.n, FEATURES_FWD, args.threads)),
+          drop(args.flags & DROPOUT),
+          dora(args.flags & DORA),
           twice(two_bases(args)) {}
 
     int64_t carve_shared(float* base) {
@@ -44,7 +51,7 @@ struct Forward {
         panel = arena.take(PANEL * DEPTH);
         h_panel = arena.take(rank * PANEL);
         mask_buffer = arena.take(drop ? PANEL * ceil_div(args.k, 8) / 4 + PANEL : 0);
-        tile = arena.take(FEATURES_FWD * LD);
+        tile = arena.take(features * Tiled<PAIR>::LD);
         c1 = arena.take(lanes * features);
         c2 = arena.take(twice ? lanes * features : 0);
         b_t = arena.take((args.r + 1) * features);
@@ -65,12 +72,15 @@ struct Forward {
         for (int64_t k0 = 0; k0 < args.k; k0 += DEPTH) {
             const int64_t count = min64(DEPTH, args.k - k0), unit = PAIR ? k0 / 2 : k0;
             float* dst = packed + p * PANEL * units + unit * width;
-            for (int64_t t = 0; t < tokens; ++t) to_f32(args.x, args.dtype, (row0 + t) * args.k + k0, count, rows + t * DEPTH);
+            for (int64_t t = 0; t < tokens; ++t)
+                to_f32(args.x, args.dtype, (row0 + t) * args.k + k0, count, rows + t * DEPTH);
             put_panel<PAIR>(rows, tokens, count, width, units_buffer, dst);
             if (drop) {
-                for (int64_t t = 0; t < tokens; ++t) apply_mask(rows + t * DEPTH, bits + t * groups, k0, count, rows + t * DEPTH);
+                for (int64_t t = 0; t < tokens; ++t)
+                    apply_mask(rows + t * DEPTH, bits + t * groups, k0, count, rows + t * DEPTH);
                 if (twice)
-                    put_panel<PAIR>(rows, tokens, count, width, units_buffer, packed_drop + p * PANEL * units + unit * width);
+                    put_panel<PAIR>(rows, tokens, count, width, units_buffer,
+                                    packed_drop + p * PANEL * units + unit * width);
             }
             if (drop || PAIR) to_panel(rows, DEPTH, tokens, count, width, dst = panel);
             adapter_times_panel(dst, width, width, a_t + k0 * rank, rank, count, h_panel, width, rank);
@@ -86,9 +96,10 @@ struct Forward {
     }
 
     void base(const Chunk& chunk, int64_t n0, int64_t count, Source& source) {
-        for (int64_t unit = 0; unit < units; unit += DEPTH) {
-            const int64_t depth = min64(DEPTH, units - unit), from = unit * (1 + PAIR);
-            tile_fwd<PAIR>(source, n0, count, from, min64(args.k, from + DEPTH * (1 + PAIR)), tile);
+        enum { UNITS = Tiled<PAIR>::UNITS, LD = Tiled<PAIR>::LD };
+        for (int64_t unit = 0; unit < units; unit += UNITS) {
+            const int64_t depth = min64(UNITS, units - unit), from = unit * (1 + PAIR);
+            tile_fwd<PAIR>(source, n0, count, from, min64(args.k, from + UNITS * (1 + PAIR)), tile);
             for (int64_t p = 0; p < chunk.panels(); ++p) {
                 const int64_t width = chunk.width(p), at = p * PANEL * units + unit * width, c = p * PANEL * features;
                 tile_times_panel<LD, PAIR>(packed + at, width, tile, 1, depth, c1 + c, count);
@@ -178,7 +189,9 @@ static void work(Shared& shared) {
 }
 
 template <class Worker>
-static int64_t shared_floats(Shared& shared) { return Worker(shared).carve_shared(nullptr); }
+static int64_t shared_floats(Shared& shared) {
+    return Worker(shared).carve_shared(nullptr);
+}
 
 }  // namespace
 

@@ -1,7 +1,8 @@
 // The one matrix kernel. Lanes run over a "panel" of up to 2 W columns (tokens, or features where a gradient reduces
 // over tokens), rows over scalars that are broadcast from a decoded weight tile:
 //     C[row][lane] += sum_d P[d][lane] * w[row, d]
-// PAIR: P and w hold two bf16 a 32-bit unit and d counts units.
+// PAIR: P and w hold two bf16 a 32-bit unit and d counts units. Every call sums its own steps from zero and adds them to
+// C once: a long reduction in blocks of DEPTH or so keeps its error near that of one block.
 #ifndef FASTLORA_CPU_GEMM_H
 #define FASTLORA_CPU_GEMM_H
 
@@ -9,10 +10,23 @@ namespace {
 
 enum {
     PANEL = 2 * W,  // lanes of a full panel
-    DEPTH = 256,    // reduction units of one decoded tile
-    LD = DEPTH + 16,  // row stride of a forward tile: not a power of two, so rows do not share cache sets
-    FEATURES_FWD = 96, FEATURES_BWD = 192,  // multiples of every tier's ROWS_T1 and ROWS_T2
-    LANES = 128,    // columns of one piece of a gradient that reduces over tokens
+    DEPTH = 256,    // columns packed at once
+    // Features of a tile, multiples of every tier's ROWS_T1 and ROWS_T2: with few tokens the tile should stay in the L1
+    // cache, with many the packed tokens should be read seldom.
+    MANY = 128,
+    FEATURES_FWD = 96,
+    FEATURES_FWD_FEW = 24,
+    FEATURES_BWD = 192,
+    FEATURES_BWD_FEW = 96,
+    UNITS_BWD_FEW = 64,
+    LANES = 128,  // columns of one piece of a gradient that reduces over tokens
+};
+
+// Reduction units of one decoded tile, and the row stride of a forward one: not a power of two, so that rows do not
+// share cache sets.
+template <bool PAIR>
+struct Tiled {
+    enum { UNITS = PAIR ? 256 : 128, LD = UNITS + 16 };
 };
 
 // Row r of w starts at w + r * RS; the reduction steps by `step`.
@@ -22,7 +36,7 @@ static void micro(const float* p, int64_t ldp, const float* w, int64_t step, int
     FL_UNROLL
     for (int i = 0; i < R; ++i) {
         FL_UNROLL
-        for (int j = 0; j < T; ++j) acc[i][j] = vload(c + i * ldc + j * W);
+        for (int j = 0; j < T; ++j) acc[i][j] = vzero();
     }
     for (int64_t d = 0; d < depth; ++d, p += ldp, w += step) {
         vf x[T];
@@ -38,7 +52,7 @@ static void micro(const float* p, int64_t ldp, const float* w, int64_t step, int
     FL_UNROLL
     for (int i = 0; i < R; ++i) {
         FL_UNROLL
-        for (int j = 0; j < T; ++j) vstore(c + i * ldc + j * W, acc[i][j]);
+        for (int j = 0; j < T; ++j) vstore(c + i * ldc + j * W, vadd(vload(c + i * ldc + j * W), acc[i][j]));
     }
 }
 
@@ -54,12 +68,22 @@ static void tile_times_panel(const float* p, int64_t width, const float* w, int6
             micro<ROWS_T1, 1, RS, PAIR>(p, W, w + i * RS, step, depth, c + i * W, W);
 }
 
-// The same for the r rows of an adapter (a multiple of ROWS_ADAPTER), fp32, w stored [depth][rows].
+// The same for the r rows of an adapter (a multiple of ROWS_ADAPTER), fp32, w stored [depth][rows]. h and g are small sums
+// of long rows that cancel: summing SHORT steps, then those sums, then the blocks keeps them as exact as a wide dot product.
 static void adapter_times_panel(const float* p, int64_t ldp, int64_t width, const float* w, int64_t step, int64_t depth,
                                 float* c, int64_t ldc, int64_t rows) {
+    enum { SHORT = 32 };
+    float block[ROWS_ADAPTER * PANEL];
     for (int64_t i = 0; i < rows; i += ROWS_ADAPTER) {
-        if (width == PANEL) micro<ROWS_ADAPTER, 2, 1, false>(p, ldp, w + i, step, depth, c + i * ldc, ldc);
-        else micro<ROWS_ADAPTER, 1, 1, false>(p, ldp, w + i, step, depth, c + i * ldc, ldc);
+        memset(block, 0, sizeof(block));
+        for (int64_t d = 0; d < depth; d += SHORT) {
+            const int64_t steps = min64(SHORT, depth - d);
+            const float *from = p + d * ldp, *row = w + d * step + i;
+            if (width == PANEL) micro<ROWS_ADAPTER, 2, 1, false>(from, ldp, row, step, steps, block, PANEL);
+            else micro<ROWS_ADAPTER, 1, 1, false>(from, ldp, row, step, steps, block, PANEL);
+        }
+        for (int64_t row = 0; row < ROWS_ADAPTER; ++row)
+            for (int64_t lane = 0; lane < width; ++lane) c[(i + row) * ldc + lane] += block[row * PANEL + lane];
     }
 }
 
@@ -102,10 +126,21 @@ static void apply_mask(const float* src, const uint8_t* bits, int64_t from, int6
     }
 }
 
+// dst[j * ldd + i] = src[i * ld + j], 4-byte units.
+static void transpose(const float* src, int64_t rows, int64_t columns, int64_t ld, float* dst, int64_t ldd) {
+    int64_t whole_rows = 0, whole_columns = 0;
+#ifdef FL_AVX512
+    whole_rows = rows & ~(int64_t)15, whole_columns = columns & ~(int64_t)15;
+    for (int64_t j = 0; j < whole_columns; j += 16)
+        for (int64_t i = 0; i < whole_rows; i += 16) transpose_block(src + i * ld + j, ld, dst + j * ldd + i, ldd);
+#endif
+    for (int64_t j = 0; j < columns; ++j)
+        for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) dst[j * ldd + i] = src[i * ld + j];
+}
+
 // Rows [tokens][count] (row stride ld, 4-byte units) -> panel [count][width]; lanes beyond `tokens` are 0.
 static void to_panel(const float* rows, int64_t ld, int64_t tokens, int64_t count, int64_t width, float* dst) {
-    for (int64_t d = 0; d < count; ++d)
-        for (int64_t t = 0; t < tokens; ++t) dst[d * width + t] = rows[t * ld + d];
+    transpose(rows, tokens, count, ld, dst, width);
     if (tokens < width)
         for (int64_t d = 0; d < count; ++d)
             for (int64_t t = tokens; t < width; ++t) dst[d * width + t] = 0;
@@ -113,8 +148,7 @@ static void to_panel(const float* rows, int64_t ld, int64_t tokens, int64_t coun
 
 // C [rows][width] -> row-major [tokens][ld].
 static void from_panel(const float* c, int64_t rows, int64_t width, int64_t tokens, float* dst, int64_t ld) {
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t i = 0; i < rows; ++i) dst[t * ld + i] = c[i * width + t];
+    transpose(c, rows, tokens, width, dst, ld);
 }
 
 }  // namespace

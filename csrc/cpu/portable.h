@@ -29,7 +29,6 @@ FL_INLINE void count_below(const float* points, const float* v, int32_t* index) 
 }
 
 FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, float inv, uint8_t* dst) {
-
     for (int64_t start = 0; start < count; start += 32) {
         float v[32] = {};
         int32_t index[32];

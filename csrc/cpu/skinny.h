@@ -43,8 +43,8 @@ FL_INLINE void decode(const Source& s, int64_t row, int64_t k, vf out[2]) {
 
 // out[t * ld + i] = sum_k w[n0 + i, k] x[t, k] + sum_j b[n0 + i, j] h[t, j] for ROWS rows and M tokens.
 template <int READ, int ROWS, int M>
-static void dot_rows(const Source& s, int64_t n0, const float* x, int64_t stride, const float* b, int64_t r, const float* h,
-                     int64_t rank, float* out, int64_t ld) {
+static void dot_rows(const Source& s, int64_t n0, const float* x, int64_t stride, const float* b, int64_t r,
+                     const float* h, int64_t rank, float* out, int64_t ld) {
     const int64_t k_total = s.args.k, first = n0 * k_total, step = is_pair(READ) ? 64 : 32;
     vf acc[ROWS][M];
     FL_UNROLL
@@ -106,8 +106,7 @@ struct Skinny {
         return args.kind == DENSE || (args.k % args.blocksize == 0 && args.blocksize >= group);
     }
 
-    Skinny(Shared& s)
-        : args(s.args), shared(s), features(48), rank(round_up(s.args.r, W)), read(read_of(s.args)) {}
+    Skinny(Shared& s) : args(s.args), shared(s), features(48), rank(round_up(s.args.r, W)), read(read_of(s.args)) {}
 
     int64_t carve_shared(float* base) {
         Arena arena(base);
@@ -158,26 +157,35 @@ struct Skinny {
 
     template <int READ, int M>
     void tile_of(const Source& s, int64_t n0, int64_t count) {
-        enum { ROWS = M <= 6 ? 4 : 3 };
+        enum { ROWS = M <= 2 ? 4 : 2 };
         const float* x = READ == PACKED_F32 ? split : is_pair(READ) ? (const float*)args.x : x_f32();
         const int64_t stride = is_pair(READ) ? args.k / 2 : args.k;
         int64_t i = 0;
         for (; i + ROWS <= count; i += ROWS)
             dot_rows<READ, ROWS, M>(s, n0 + i, x, stride, args.b, args.r, scaled_h, rank, out + i, features);
-        for (; i < count; ++i) dot_rows<READ, 1, M>(s, n0 + i, x, stride, args.b, args.r, scaled_h, rank, out + i, features);
+        for (; i < count; ++i)
+            dot_rows<READ, 1, M>(s, n0 + i, x, stride, args.b, args.r, scaled_h, rank, out + i, features);
     }
 
     template <int READ>
     void tile(const Source& s, int64_t n0, int64_t count) {
         switch (args.m) {
-            case 1: return tile_of<READ, 1>(s, n0, count);
-            case 2: return tile_of<READ, 2>(s, n0, count);
-            case 3: return tile_of<READ, 3>(s, n0, count);
-            case 4: return tile_of<READ, 4>(s, n0, count);
-            case 5: return tile_of<READ, 5>(s, n0, count);
-            case 6: return tile_of<READ, 6>(s, n0, count);
-            case 7: return tile_of<READ, 7>(s, n0, count);
-            default: return tile_of<READ, 8>(s, n0, count);
+            case 1:
+                return tile_of<READ, 1>(s, n0, count);
+            case 2:
+                return tile_of<READ, 2>(s, n0, count);
+            case 3:
+                return tile_of<READ, 3>(s, n0, count);
+            case 4:
+                return tile_of<READ, 4>(s, n0, count);
+            case 5:
+                return tile_of<READ, 5>(s, n0, count);
+            case 6:
+                return tile_of<READ, 6>(s, n0, count);
+            case 7:
+                return tile_of<READ, 7>(s, n0, count);
+            default:
+                return tile_of<READ, 8>(s, n0, count);
         }
     }
 
@@ -185,16 +193,29 @@ struct Skinny {
         Source s(args);
         s.use_scales(n0 * args.k, (n0 + count) * args.k, scales);
         switch (read) {
-            case PACKED_F32: tile<PACKED_F32>(s, n0, count); break;
-            case DENSE_F32: tile<DENSE_F32>(s, n0, count); break;
-            case DENSE_F16: tile<DENSE_F16>(s, n0, count); break;
+            case PACKED_F32:
+                tile<PACKED_F32>(s, n0, count);
+                break;
+            case DENSE_F32:
+                tile<DENSE_F32>(s, n0, count);
+                break;
+            case DENSE_F16:
+                tile<DENSE_F16>(s, n0, count);
+                break;
 #ifdef FL_BF16
-            case PACKED_PAIR: tile<PACKED_PAIR>(s, n0, count); break;
-            case DENSE_PAIR: tile<DENSE_PAIR>(s, n0, count); break;
+            case PACKED_PAIR:
+                tile<PACKED_PAIR>(s, n0, count);
+                break;
+            case DENSE_PAIR:
+                tile<DENSE_PAIR>(s, n0, count);
+                break;
 #else
-            case DENSE_BF16: tile<DENSE_BF16>(s, n0, count); break;
+            case DENSE_BF16:
+                tile<DENSE_BF16>(s, n0, count);
+                break;
 #endif
-            default: break;
+            default:
+                break;
         }
         for (int64_t t = 0; t < args.m; ++t) {
             const int64_t to = t * args.n + n0;
@@ -214,7 +235,8 @@ struct Skinny {
         team_barrier(args);
         for (int64_t j; (j = next_piece(counter + 1)) < rank;) {
             if (j < args.r) hidden(j);
-            else for (int64_t t = 0; t < args.m; ++t) scaled_h[t * rank + j] = 0;
+            else
+                for (int64_t t = 0; t < args.m; ++t) scaled_h[t * rank + j] = 0;
         }
         team_barrier(args);
         for (int64_t i; (i = next_piece(counter + 2) * features) < args.n;) rows(i, min64(features, args.n - i));

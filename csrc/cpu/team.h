@@ -37,7 +37,8 @@ FL_INLINE int64_t padded_rank(const Args& args) { return round_up(args.r, ROWS_A
 // Fewer features a tile where there would be too few tiles to share out.
 FL_INLINE int64_t features_of(int64_t total, int64_t most, int64_t threads) {
     int64_t features = most;
-    while (features > ROWS_T1 && features % (2 * ROWS_T1) == 0 && ceil_div(total, features) < 3 * threads) features /= 2;
+    while (features > ROWS_T1 && features % (2 * ROWS_T1) == 0 && ceil_div(total, features) < 3 * threads)
+        features /= 2;
     return features;
 }
 
@@ -54,8 +55,8 @@ static void put_panel(const float* rows, int64_t tokens, int64_t count, int64_t 
 }
 
 // src [rows][columns] -> dst [columns][padded], the padding 0; columns first .. last - 1.
-static void transpose_padded(const float* src, int64_t rows, int64_t columns, int64_t padded, int64_t first, int64_t last,
-                             float* dst) {
+static void transpose_padded(const float* src, int64_t rows, int64_t columns, int64_t padded, int64_t first,
+                             int64_t last, float* dst) {
     for (int64_t j = first; j < last; ++j)
         for (int64_t i = 0; i < padded; ++i) dst[j * padded + i] = i < rows ? src[i * columns + j] : 0;
 }

@@ -6,7 +6,7 @@
 #include "forward.h"
 #include "backward.h"
 #include "norm.h"
-#ifdef FL_SKINNY
+#ifdef FL_AVX512
 #include "skinny.h"
 #endif
 
@@ -16,13 +16,13 @@ namespace {
 static bool pairs(const Args& args) { return HAS_PAIR && args.dtype == BF16; }
 
 static int64_t forward_floats(Shared& s) {
-#ifdef FL_SKINNY
+#ifdef FL_AVX512
     if (Skinny::fits(s.args)) return shared_floats<Skinny>(s);
 #endif
     return pairs(s.args) ? shared_floats<Forward<HAS_PAIR>>(s) : shared_floats<Forward<false>>(s);
 }
 static void forward(Shared& s) {
-#ifdef FL_SKINNY
+#ifdef FL_AVX512
     if (Skinny::fits(s.args)) return work<Skinny>(s);
 #endif
     pairs(s.args) ? work<Forward<HAS_PAIR>>(s) : work<Forward<false>>(s);
@@ -35,8 +35,13 @@ static int64_t norm_floats(Shared& s) { return shared_floats<Norm>(s); }
 static void norm(Shared& s) { work<Norm>(s); }
 
 static const Tier tier = {
-    quantize, quantize_absmax, dequantize, mask_rows,
-    {forward_floats, forward}, {backward_floats, backward}, {norm_floats, norm},
+    quantize,
+    quantize_absmax,
+    dequantize,
+    mask_rows,
+    {forward_floats, forward},
+    {backward_floats, backward},
+    {norm_floats, norm},
 };
 
 }  // namespace

@@ -57,9 +57,11 @@ FL_INLINE __m128i nibbles_of(const uint8_t* p) {
 }
 
 template <bool STREAM>
-FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, float* dst) {
+FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count,
+                        float* dst) {
     const vf scale = _mm256_set1_ps(absmax);
-    const vf low = _mm256_mul_ps(_mm256_loadu_ps(codes.code), scale), high = _mm256_mul_ps(_mm256_loadu_ps(codes.code + 8), scale);
+    const vf low = _mm256_mul_ps(_mm256_loadu_ps(codes.code), scale),
+             high = _mm256_mul_ps(_mm256_loadu_ps(codes.code + 8), scale);
     const uint8_t* p = packed + (flat >> 1);
     if (!STREAM && (flat & 1)) {
         if (count < 1) return;
@@ -80,9 +82,9 @@ FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed,
 }
 
 // Sixteen-entry byte tables: the low and the high byte of each rounded entry.
-template <bool STREAM>
-FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, int64_t dtype,
-                       uint16_t* dst) {
+template <bool STREAM, bool FOR_DOT = false>
+FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count,
+                       int64_t dtype, uint16_t* dst) {
     const vf scale = _mm256_set1_ps(absmax);
     alignas(32) uint16_t table[16];
     for (int i = 0; i < 16; i += 8) {

@@ -9,7 +9,7 @@
 namespace {
 
 typedef __m512 vf;
-#define FL_SKINNY
+#define FL_AVX512
 enum { W = 16, ROWS_T2 = 12, ROWS_T1 = 24, ROWS_ADAPTER = 8 };
 #ifdef FL_BF16
 enum { HAS_PAIR = 1 };
@@ -49,8 +49,41 @@ FL_INLINE __m512i round_bf16(vf v) {
     return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 FL_INLINE __m256i round_f16(vf v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-FL_INLINE void vstore_bf16(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round_bf16(v))); }
+FL_INLINE void vstore_bf16(uint16_t* p, vf v) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round_bf16(v)));
+}
 FL_INLINE void vstore_f16(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, round_f16(v)); }
+
+// dst[j][i] = src[i][j] for 16 x 16 elements of 4 bytes.
+FL_INLINE void transpose_block(const float* src, int64_t ld, float* dst, int64_t ldd) {
+    __m512d pairs[16];
+    FL_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        const vf a = _mm512_loadu_ps(src + i * ld), b = _mm512_loadu_ps(src + (i + 1) * ld);
+        pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
+        pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    }
+    vf fours[16];  // [4 q + c]: rows 4 q .. 4 q + 3 of columns c, c + 4, c + 8, c + 12, one a 128-bit lane
+    FL_UNROLL
+    for (int q = 0; q < 16; q += 4) {
+        FL_UNROLL
+        for (int c = 0; c < 2; ++c) {
+            fours[q + 2 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[q + c], pairs[q + 2 + c]));
+            fours[q + 2 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[q + c], pairs[q + 2 + c]));
+        }
+    }
+    FL_UNROLL
+    for (int c = 0; c < 4; ++c) {
+        const vf low0 = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88);
+        const vf odd0 = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xdd);
+        const vf low1 = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88);
+        const vf odd1 = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xdd);
+        _mm512_storeu_ps(dst + c * ldd, _mm512_shuffle_f32x4(low0, low1, 0x88));
+        _mm512_storeu_ps(dst + (c + 4) * ldd, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
+        _mm512_storeu_ps(dst + (c + 8) * ldd, _mm512_shuffle_f32x4(low0, low1, 0xdd));
+        _mm512_storeu_ps(dst + (c + 12) * ldd, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
+    }
+}
 
 // Streaming stores are weakly ordered: other threads may read the output only after this.
 FL_INLINE void stream_fence() { _mm_sfence(); }
@@ -74,7 +107,8 @@ FL_INLINE void put(void* dst, __m512i v) {
 
 // `count` elements of one block from flat position `flat`. STREAM: dst is 64-byte aligned and count a multiple of 32.
 template <bool STREAM>
-FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, float* dst) {
+FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count,
+                        float* dst) {
     const vf table = _mm512_mul_ps(codes.table, _mm512_set1_ps(absmax));
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
@@ -106,15 +140,29 @@ FL_INLINE __m512i table_16(const Codes& codes, float absmax, int64_t dtype) {
     return dtype == BF16 ? round_bf16(table) : _mm512_cvtepu16_epi32(round_f16(table));
 }
 
-// Even elements land in the low halves, odd ones in the high halves: natural order without a shuffle.
-FL_INLINE __m512i pairs_of(__m512i v, __m512i low_half, __m512i high_half) {
-    return _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(v, 4), low_half), _mm512_permutexvar_epi32(v, high_half));
+// A scaled table as bf16 in the low halves. Where the CPU has the conversion it is one instruction; it reads denormals
+// as 0, which the dot products would do anyway.
+FL_INLINE __m512i pair_table(vf table) {
+#ifdef FL_BF16
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(table));
+#else
+    return round_bf16(table);
+#endif
 }
 
-template <bool STREAM>
-FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, int64_t dtype,
-                       uint16_t* dst) {
-    const __m512i table = table_16(codes, absmax, dtype), high_half = _mm512_slli_epi32(table, 16);
+// Even elements land in the low halves, odd ones in the high halves: natural order without a shuffle.
+FL_INLINE __m512i pairs_of(__m512i v, __m512i low_half, __m512i high_half) {
+    return _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(v, 4), low_half),
+                           _mm512_permutexvar_epi32(v, high_half));
+}
+
+// FOR_DOT: as `pair_table`.
+template <bool STREAM, bool FOR_DOT = false>
+FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count,
+                       int64_t dtype, uint16_t* dst) {
+    const __m512i table =
+        FOR_DOT ? pair_table(_mm512_mul_ps(codes.table, _mm512_set1_ps(absmax))) : table_16(codes, absmax, dtype);
+    const __m512i high_half = _mm512_slli_epi32(table, 16);
     const uint8_t* p = packed + (flat >> 1);
     if (!STREAM && (flat & 1)) {
         if (count < 1) return;
@@ -126,6 +174,23 @@ FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, 
         const __mmask16 some = (__mmask16)((1u << ((count + 1) >> 1)) - 1);
         const __m512i v = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, p));
         _mm512_mask_storeu_epi16(dst, (__mmask32)((1u << count) - 1), pairs_of(v, table, high_half));
+    }
+}
+
+// Elements of one block of two rows, `count` a multiple of 32, as lanes (row 0, row 1) of two bf16.
+FL_INLINE void span_two_rows(const Codes& codes, float absmax0, float absmax1, const uint8_t* p0, const uint8_t* p1,
+                             int64_t count, uint32_t* dst) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const __m512i low = pair_table(_mm512_mul_ps(codes.table, _mm512_set1_ps(absmax0)));
+    const __m512i high = _mm512_slli_epi32(pair_table(_mm512_mul_ps(codes.table, _mm512_set1_ps(absmax1))), 16);
+    for (int64_t i = 0; i < count; i += 32, p0 += 16, p1 += 16, dst += 32) {
+        const __m512i v0 = bytes_of(p0), v1 = bytes_of(p1);
+        const __m512i odd = _mm512_or_si512(_mm512_permutexvar_epi32(v0, low), _mm512_permutexvar_epi32(v1, high));
+        const __m512i even = _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(v0, 4), low),
+                                             _mm512_permutexvar_epi32(_mm512_srli_epi32(v1, 4), high));
+        _mm512_storeu_si512(dst, _mm512_permutex2var_epi32(even, first, odd));
+        _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi32(even, second, odd));
     }
 }
 
@@ -147,7 +212,8 @@ FL_INLINE void expand_scales(const uint8_t* codes, float nested, float offset, i
         for (int j = 0; j < 4; ++j)
             part[j] = _mm512_mask_blend_ps(bit5, _mm512_permutex2var_ps(map[4 * j], index, map[4 * j + 1]),
                                            _mm512_permutex2var_ps(map[4 * j + 2], index, map[4 * j + 3]));
-        const vf low = _mm512_mask_blend_ps(bit6, part[0], part[1]), high = _mm512_mask_blend_ps(bit6, part[2], part[3]);
+        const vf low = _mm512_mask_blend_ps(bit6, part[0], part[1]),
+                 high = _mm512_mask_blend_ps(bit6, part[2], part[3]);
         const vf value = _mm512_mask_blend_ps(bit7, low, high);
         _mm512_mask_storeu_ps(dst + i, some, _mm512_add_ps(_mm512_mul_ps(value, scale), shift));
     }
@@ -162,16 +228,6 @@ FL_INLINE void interleave_16(const uint16_t* low, const uint16_t* high, int64_t 
         _mm512_storeu_si512(dst + i, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
     }
     for (; i < count; ++i) dst[i] = low[i] | ((uint32_t)high[i] << 16);
-}
-
-// A scaled table as bf16 in the low halves. Where the CPU has the conversion it is one instruction; it reads denormals
-// as 0, which the dot products would do anyway.
-FL_INLINE __m512i pair_table(vf table) {
-#ifdef FL_BF16
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(table));
-#else
-    return round_bf16(table);
-#endif
 }
 
 // --- encode ----------------------------------------------------------------------------------------------------------
@@ -215,7 +271,8 @@ FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, fl
     if (i < count) {
         const uint32_t keep = (1u << (count - i)) - 1;
         __m512i index = search(s, _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)keep, src + i), scale));
-        index = _mm512_mask_mov_epi32(_mm512_set1_epi32(s.fp4 ? 0 : 7), (__mmask16)keep, index);  // the pad nibble means 0
+        index =
+            _mm512_mask_mov_epi32(_mm512_set1_epi32(s.fp4 ? 0 : 7), (__mmask16)keep, index);  // the pad nibble means 0
         const __m512i both = _mm512_or_si512(_mm512_slli_epi64(index, 4), _mm512_srli_epi64(index, 32));
         _mm_mask_storeu_epi8(dst + i / 2, (__mmask16)((1u << ((count - i + 1) / 2)) - 1), _mm512_cvtepi64_epi8(both));
     }

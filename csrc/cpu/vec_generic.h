@@ -9,7 +9,11 @@ namespace {
 typedef float vf __attribute__((vector_size(16)));
 enum { W = 4, ROWS_T2 = 4, ROWS_T1 = 8, ROWS_ADAPTER = 4, HAS_PAIR = 0 };
 
-FL_INLINE vf vload(const float* p) { vf v; memcpy(&v, p, 16); return v; }
+FL_INLINE vf vload(const float* p) {
+    vf v;
+    memcpy(&v, p, 16);
+    return v;
+}
 FL_INLINE void vstore(float* p, vf v) { memcpy(p, &v, 16); }
 FL_INLINE vf vset1(float v) { return vf{v, v, v, v}; }
 FL_INLINE vf vzero() { return vf{0, 0, 0, 0}; }
@@ -18,10 +22,18 @@ FL_INLINE vf vmul(vf a, vf b) { return a * b; }
 FL_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 FL_INLINE vf vdot(vf, vf, vf c) { return c; }
 FL_INLINE float vsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-FL_INLINE vf vload_bf16(const uint16_t* p) { return vf{bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])}; }
-FL_INLINE vf vload_f16(const uint16_t* p) { return vf{f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])}; }
-FL_INLINE void vstore_bf16(uint16_t* p, vf v) { for (int i = 0; i < 4; ++i) p[i] = f32_to_bf16(v[i]); }
-FL_INLINE void vstore_f16(uint16_t* p, vf v) { for (int i = 0; i < 4; ++i) p[i] = f32_to_f16(v[i]); }
+FL_INLINE vf vload_bf16(const uint16_t* p) {
+    return vf{bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
+}
+FL_INLINE vf vload_f16(const uint16_t* p) {
+    return vf{f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])};
+}
+FL_INLINE void vstore_bf16(uint16_t* p, vf v) {
+    for (int i = 0; i < 4; ++i) p[i] = f32_to_bf16(v[i]);
+}
+FL_INLINE void vstore_f16(uint16_t* p, vf v) {
+    for (int i = 0; i < 4; ++i) p[i] = f32_to_f16(v[i]);
+}
 
 FL_INLINE void stream_fence() {}
 
@@ -45,15 +57,16 @@ FL_INLINE void span_table(const T* table, const uint8_t* packed, int64_t flat, i
 }
 
 template <bool STREAM>
-FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, float* dst) {
+FL_INLINE void span_f32(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count,
+                        float* dst) {
     float table[16];
     for (int i = 0; i < 16; ++i) table[i] = codes.code[i] * absmax;
     span_table(table, packed, flat, count, dst);
 }
 
-template <bool STREAM>
-FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count, int64_t dtype,
-                       uint16_t* dst) {
+template <bool STREAM, bool FOR_DOT = false>
+FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, int64_t flat, int64_t count,
+                       int64_t dtype, uint16_t* dst) {
     uint16_t table[16];
     for (int i = 0; i < 16; ++i) from_f32_one(codes.code[i] * absmax, table, dtype, i);
     span_table(table, packed, flat, count, dst);

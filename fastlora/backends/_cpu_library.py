@@ -172,7 +172,7 @@ def pack(
     """`struct Args`: integers, two floats, addresses (0 for an absent tensor).
 
     Args:
-        weight: kind, blocksize and the addresses dense, packed, absmax, absmax_codes, nested_absmax, nested_offset, code.
+        weight: kind, blocksize; addresses: dense, packed, absmax, absmax_codes, nested_absmax, nested_offset, code.
     """
     threads = torch.get_num_threads()
     return _RECORD.pack(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BATCH = 8
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-3
 SAMPLES = 3
+REPORT_EVERY = 10  # steps, where there is no terminal to draw a bar on
 
 
 @dataclasses.dataclass
@@ -161,6 +162,8 @@ class Demo:
                 before = now
                 result.losses.append(loss)
                 progress.update(task, advance=1, description=f"training, loss {loss:.3f}")
+                if not self.console.is_terminal and len(durations) % REPORT_EVERY == 0:
+                    self.console.print(f"step {len(durations)} of {result.steps}, loss {loss:.3f}")
         self.timed("train", since)
         result.seconds["step"] = sorted(durations)[len(durations) // 2]
 

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora.config import LoraConfig
+from fastlora.config import PEFT_BOOKKEEPING, LoraConfig
 from fastlora.errors import ConfigError, StateDictError
+from fastlora.math import init
 
 PREFIX = "base_model.model."
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 METADATA_KEY = "fastlora"
 
-# Inits PEFT knows by the same name; the others start from B = 0 as PEFT's default does, so `true` is as good on load.
+# Inits PEFT knows by the same name; the others leave the base as it is, so `true` is as good on load.
 _SHARED_INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 # What PEFT cannot hold; it travels in the safetensors metadata, which PEFT ignores.
 _OWN_FIELDS = ("init_lora_weights", "init_bound", "init_seed", "dora_dropout")
+# PEFT fields without a meaning for our layers at any value.
+_HARMLESS = frozenset({"megatron_core", "peft_version", "qalora_group_size", *PEFT_BOOKKEEPING})
 # PEFT fields that must be at these values: another value asks for something our layers do not do.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
@@ -64,11 +68,21 @@ class Checkpoint(NamedTuple):
     others: dict[str, Tensor]
 
 
-def config_to_json(config: LoraConfig, target_modules: list[str], base_model: str | None, task: str | None) -> str:
+def _init_for_peft(config: LoraConfig) -> bool | str:
+    """What PEFT shall do before it loads the tensors: repeat an init that rewrites the base, or anything else.
+
+    A base it cannot repeat, random or bounded, gets a name PEFT refuses: better than another function in silence.
+    """
+    strategy = config.init_lora_weights
+    if init.changes_base(strategy) and (str(strategy).startswith("pissa_niter_") or config.init_bound is not None):
+        return f"fastlora_{strategy}"
+    return strategy if isinstance(strategy, bool) or strategy in _SHARED_INITS else True
+
+
+def config_to_json(
+    config: LoraConfig, target_modules: list[str] | str, base_model: str | None, task: str | None
+) -> str:
     """adapter_config.json: only fields every PEFT of the last years knows, sorted as PEFT sorts them."""
-    init: Any = config.init_lora_weights
-    if isinstance(init, str) and not (init in _SHARED_INITS or init.startswith("pissa_niter_")):
-        init = True
     fields = {
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,
@@ -77,7 +91,7 @@ def config_to_json(config: LoraConfig, target_modules: list[str], base_model: st
         "exclude_modules": None,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": init,
+        "init_lora_weights": _init_for_peft(config),
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": config.lora_alpha,
@@ -87,7 +101,7 @@ def config_to_json(config: LoraConfig, target_modules: list[str], base_model: st
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),
         "revision": None,
-        "target_modules": sorted(target_modules),
+        "target_modules": target_modules if isinstance(target_modules, str) else sorted(target_modules),
         "task_type": task,
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
@@ -118,12 +132,24 @@ def config_from_json(text: str, metadata: Mapping[str, str] | None = None) -> Lo
         if name in fields and fields[name] not in allowed:
             raise ConfigError(f"{CONFIG_NAME}: {name}={fields[name]!r} is not supported")
     known = {field.name for field in dataclasses.fields(LoraConfig)} - {"adapter_dtype"}
+    for name in sorted(set(fields) - known - set(_MUST_BE) - _HARMLESS):
+        if fields[name]:
+            raise ConfigError(f"{CONFIG_NAME}: {name}={fields[name]!r} is not known, so it cannot be honoured")
     values = {name: value for name, value in fields.items() if name in known and value is not None}
     values.setdefault("lora_alpha", 8)
-    if METADATA_KEY in (metadata or {}):
-        own = json.loads((metadata or {})[METADATA_KEY])
-        values |= {name: own[name] for name in _OWN_FIELDS if own.get(name) is not None}
+    own = _own_fields(metadata or {})
+    values |= {name: own[name] for name in _OWN_FIELDS if own.get(name) is not None}
     return LoraConfig.of(values)
+
+
+def _own_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        own = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except json.JSONDecodeError as error:
+        raise StateDictError(f"the {METADATA_KEY!r} metadata of {WEIGHTS_NAME} is not JSON: {error}") from None
+    if not isinstance(own, dict):
+        raise StateDictError(f"the {METADATA_KEY!r} metadata of {WEIGHTS_NAME} is not a JSON object: {own!r}")
+    return own
 
 
 def to_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -145,7 +171,7 @@ def from_state(state: Mapping[str, Tensor]) -> Checkpoint:
     """The inverse of `to_state`.
 
     Raises:
-        StateDictError: a key that is not PEFT's, or half an adapter.
+        StateDictError: a key that is not PEFT's, half an adapter, or adapter tensors that are not floating-point.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
@@ -160,6 +186,8 @@ def from_state(state: Mapping[str, Tensor]) -> Checkpoint:
         ):
             ending = next((e for e in endings if name.endswith(e)), None)
             if ending:
+                if not tensor.is_floating_point():
+                    raise StateDictError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
                 parts.setdefault(name.removesuffix(ending), {})[kind] = tensor
                 break
         else:
@@ -182,19 +210,19 @@ def from_state(state: Mapping[str, Tensor]) -> Checkpoint:
     return Checkpoint(adapters, others)
 
 
-def minimal_targets(adapted: list[str], every_linear: list[str]) -> list[str]:
-    """The shortest name endings that pick exactly `adapted` out of `every_linear` by PEFT's rule.
+def minimal_targets(adapted: list[str], every_module: list[str]) -> list[str] | str:
+    """The shortest name endings that pick exactly `adapted` out of `every_module` by PEFT's rule.
 
-    PEFT matches an entry against a whole name or its ending after a dot; module names that cannot be told apart by
-    their last part are written in full.
+    PEFT matches an entry of a list against a whole name or its ending after a dot; modules that cannot be told apart
+    by their last part are written in full. Where a whole name is itself the ending of another module's only a regular
+    expression (a string) can pick it.
     """
-    rest = set(every_linear) - set(adapted)
-    endings = set()
-    for name in adapted:
-        last = name.rpartition(".")[2]
-        clashes = any(other == last or other.endswith("." + last) for other in rest)
-        endings.add(name if clashes else last)
-    return sorted(endings)
+    rest = set(every_module) - set(adapted)
+    taken = {".".join(parts[i:]) for parts in (name.split(".") for name in rest) for i in range(len(parts))}
+    if any(name in taken for name in adapted):
+        return "|".join(re.escape(name) for name in sorted(adapted))
+    lasts = {name: name.rpartition(".")[2] for name in adapted}
+    return sorted({name if last in taken else last for name, last in lasts.items()})
 
 
 def dtype_of(checkpoint: Checkpoint) -> torch.dtype:

@@ -37,11 +37,13 @@ def _seed_of(config: LoraConfig) -> int:
 def checked_config(config: Any, fields: dict[str, Any]) -> LoraConfig:
     """A LoraConfig whose init is known too, so that a layer is only touched once its config is right."""
     made = LoraConfig.of(config, **fields)
-    init.canonical(made.init_lora_weights)
+    if init.canonical(made.init_lora_weights) == "orthogonal" and made.r % 2:
+        raise ConfigError(f"init_lora_weights 'orthogonal' needs an even rank, got r={made.r}")
     return made
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `name` can be an adapter's."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ParameterDict, name):
         raise ConfigError(
             f"an adapter name must be a non-empty string without dots, not a module attribute; got {name!r}"
@@ -197,7 +199,7 @@ class AdapterLayer(nn.Module):
 
     def check_new(self, name: str, config: LoraConfig) -> None:
         """Raise what `add_adapter(name, config)` would for its name and init; change nothing."""
-        _check_name(name)
+        check_name(name)
         if name in self.lora_A:
             raise ConfigError(f"adapter {name!r} exists already; have {', '.join(self.lora_A)}")
         if init.changes_base(config.init_lora_weights) and len(self.lora_A):

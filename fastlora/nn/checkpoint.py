@@ -7,8 +7,10 @@ import functools
 import json
 import os
 import pathlib
+import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +20,22 @@ from fastlora.config import LoraConfig
 from fastlora.errors import ConfigError, StateDictError
 from fastlora.io import peft
 from fastlora.math import init
-from fastlora.nn.convert import adapted_layers, by_pattern, convert, matches, set_adapter
+from fastlora.nn.adapters import check_name
+from fastlora.nn.convert import (
+    adapted_layers,
+    by_pattern,
+    config_for,
+    convert,
+    find_targets,
+    matches,
+    model_seed,
+    set_adapter,
+)
 from fastlora.nn.linear import AdaptedLinear
+
+# What a checkpoint says once for all its layers.
+_ONCE = ("use_rslora", "use_dora", "lora_dropout", "dora_dropout", "bias", "modules_to_save")
+_INIT_FIELDS = ("init_lora_weights", "init_bound")
 
 
 def _holders(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLinear]:
@@ -32,18 +48,47 @@ def _holders(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLinear]:
 
 
 def _saved_config(holders: dict[str, AdaptedLinear], adapter_name: str) -> LoraConfig:
-    """One config for all layers: the commonest rank and alpha, the others as patterns of whole names."""
+    """One config for all layers: the commonest rank and alpha, the others as patterns of whole names.
+
+    Raises:
+        ConfigError: the layers' configs differ in what one file can say only once.
+    """
     configs = {name: layer.adapter_configs[adapter_name] for name, layer in holders.items()}
-    ranks = [config.r for config in configs.values()]
-    alphas = [config.lora_alpha for config in configs.values()]
-    r, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
     first = next(iter(configs.values()))
+    rewritten = any(init.changes_base(config.init_lora_weights) for config in configs.values())
+    for field in _ONCE + (_INIT_FIELDS if rewritten else ()):
+        values = [getattr(config, field) for config in configs.values()]
+        if any(value != values[0] for value in values):
+            raise ConfigError(f"adapter {adapter_name!r} has layers of different {field}: PEFT's format holds only one")
+    ranks = {name: config.r for name, config in configs.items()}
+    alphas = {name: config.lora_alpha for name, config in configs.items()}
+    seeds = {name: config.init_seed for name, config in configs.items()}
+    seeds |= {n: x.init_record[adapter_name].seed for n, x in holders.items() if seeds[n] is None}
+    common = {None if seed is None else model_seed(name, seed) for name, seed in seeds.items()}
+    r, alpha = _commonest(ranks), _commonest(alphas)
     return first.replace(
         r=r,
         lora_alpha=alpha,
-        rank_pattern={name: config.r for name, config in configs.items() if config.r != r},
-        alpha_pattern={name: config.lora_alpha for name, config in configs.items() if config.lora_alpha != alpha},
+        rank_pattern=_patterns(ranks, r),
+        alpha_pattern=_patterns(alphas, alpha),
+        init_seed=common.pop() if len(common) == 1 else None,
     )
+
+
+def _commonest(values: dict[str, Any]) -> Any:
+    """The value most layers have; the first of equally common ones."""
+    counts: dict[Any, int] = {}
+    for value in values.values():
+        counts[value] = counts.get(value, 0) + 1
+    return max(counts, key=lambda value: counts[value])
+
+
+def _patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """Patterns that give every layer its value: whole names, tied to the start where they are other names' endings."""
+    odd = {name: value for name, value in values.items() if value != default}
+    if all(by_pattern(odd, name, default) == value for name, value in values.items()):
+        return odd
+    return {f"^{re.escape(name)}": value for name, value in odd.items()}
 
 
 def _others(model: nn.Module, config: LoraConfig, holders: dict[str, AdaptedLinear]) -> dict[str, Tensor]:
@@ -52,9 +97,9 @@ def _others(model: nn.Module, config: LoraConfig, holders: dict[str, AdaptedLine
     for name, module in model.named_modules():
         if config.modules_to_save and matches(config.modules_to_save, name):
             wanted |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
-        bias = module._parameters.get("bias")
-        if bias is not None and (config.bias == "all" or (config.bias == "lora_only" and name in holders)):
-            wanted[f"{name}.bias"] = bias
+        if config.bias == "all" or (config.bias == "lora_only" and name in holders):
+            own = module.named_parameters(prefix=name, recurse=False)
+            wanted |= {key: value for key, value in own if "bias" in key.rpartition(".")[2]}
     return wanted
 
 
@@ -91,24 +136,75 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         ConfigError: no layer has the adapter. FileExistsError: the folder holds files of these names that are no
         adapter's; they stay. OSError: the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     checkpoint, config = _checkpoint(model, adapter_name)
     target = _folder(folder, adapter_name)
     _refuse_foreign_files(target)
-    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, AdaptedLinear))]
-    targets = peft.minimal_targets(list(checkpoint.adapters), linears)
+    every_module = [name for name, _ in model.named_modules() if name]
+    targets = peft.minimal_targets(list(checkpoint.adapters), every_module)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     text = peft.config_to_json(config, targets, base, "CAUSAL_LM" if _is_causal_lm(model) else None)
-    state = {key: value.detach().contiguous().cpu() for key, value in peft.to_state(checkpoint).items()}
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
+    state = _apart(peft.to_state(checkpoint))
+    with _made(target), tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
         weights, settings = pathlib.Path(scratch, peft.WEIGHTS_NAME), pathlib.Path(scratch, peft.CONFIG_NAME)
-        save_file(state, weights, metadata=peft.metadata_of(config))
+        try:
+            save_file(state, weights, metadata=peft.metadata_of(config))
+        except SafetensorError as error:
+            raise OSError(f"cannot write {target / peft.WEIGHTS_NAME}: {error}") from None
         settings.write_text(text, encoding="utf-8")
-        os.replace(weights, target / peft.WEIGHTS_NAME)
-        os.replace(settings, target / peft.CONFIG_NAME)
+        weights.chmod(settings.stat().st_mode)  # safetensors writes for the owner alone, whatever the umask
+        _put_in_place([weights, settings], target)
     return target
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as safetensors wants them."""
+    seen: set[int] = set()
+    made = {}
+    for key, value in state.items():
+        tensor = value.detach().contiguous().cpu()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        made[key] = tensor
+    return made
+
+
+@contextlib.contextmanager
+def _made(folder: pathlib.Path) -> Iterator[None]:
+    """Make a folder; if the block fails, what had to be made is gone again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:  # Ctrl-C too
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _put_in_place(files: list[pathlib.Path], target: pathlib.Path) -> None:
+    """Move each file over the one of its name in `target`; if one cannot be moved, the old ones come back."""
+    undo: list[Callable[[], Any]] = []
+    try:
+        for file in files:
+            place, old = target / file.name, file.with_name("old-" + file.name)
+            if place.exists():
+                try:
+                    os.link(place, old)
+                except OSError:  # no hard links here
+                    shutil.copy2(place, old)
+                undo.append(functools.partial(os.replace, old, place))
+            else:
+                undo.append(functools.partial(place.unlink, missing_ok=True))
+            os.replace(file, place)
+    except BaseException:  # Ctrl-C too
+        for step in undo:
+            step()
+        raise
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
@@ -127,6 +223,8 @@ def _refuse_foreign_files(target: pathlib.Path) -> None:
         for path in (config, weights):
             if path.exists():
                 raise FileExistsError(f"{path} exists and is no adapter's; move it away or save elsewhere")
+    elif weights.is_dir():
+        raise FileExistsError(f"{weights} is a folder; move it away or save elsewhere")
 
 
 def _read(folder: pathlib.Path) -> tuple[peft.Checkpoint, LoraConfig]:
@@ -168,16 +266,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         FileNotFoundError: files missing; a pickled adapter_model.bin is never read.
         StateDictError, ConfigError: truncated, foreign or not fitting this model. The model has not changed then.
     """
+    check_name(adapter_name)
     path = pathlib.Path(folder)
     if adapter_name != "default" and (path / adapter_name / peft.CONFIG_NAME).is_file():
         path = path / adapter_name
     checkpoint, config = _read(path)
     config = config.replace(adapter_dtype=peft.dtype_of(checkpoint))
-    _check_modules(model, checkpoint, config)
+    configs = {name: config_for(name, config) for name in checkpoint.adapters}
+    _check_modules(model, checkpoint, configs)
     if not any(True for _ in adapted_layers(model)):
-        wanted = config.replace(target_modules=list(checkpoint.adapters), init_lora_weights=_plain_init(config))
-        convert(model, wanted, quantize=None, adapter_name=adapter_name, progress=False)
-    loads = _plan(model, checkpoint, config, adapter_name)
+        _convert_for(model, checkpoint, config, adapter_name)
+    loads = _plan(model, checkpoint, configs, adapter_name)
     with torch.no_grad():
         for load in loads:
             load()
@@ -185,12 +284,41 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     return model
 
 
-def _plain_init(config: LoraConfig) -> Any:
-    """The init to rebuild layers with: one that rewrites the base must be repeated, any other is overwritten anyway."""
-    return config.init_lora_weights if init.changes_base(config.init_lora_weights) else True
+def _convert_for(model: nn.Module, checkpoint: peft.Checkpoint, config: LoraConfig, adapter_name: str) -> None:
+    """Convert a plain model's layers that the checkpoint adapts, and no others."""
+    strategy = config.init_lora_weights
+    if _rewrites_at_random(config) and config.init_seed is None:
+        raise ConfigError(f"init {strategy!r} rewrites the base by random probes, and the checkpoint holds no seed")
+    wanted = config.replace(
+        target_modules="|".join(re.escape(name) for name in checkpoint.adapters),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        # One that rewrites the base must be repeated; any other is overwritten anyway.
+        init_lora_weights=strategy if init.changes_base(strategy) else True,
+    )
+    if lost := sorted(set(checkpoint.adapters) - set(find_targets(model, wanted))):
+        raise StateDictError(f"the checkpoint adapts {lost[0]}, which is in its modules_to_save too")
+    convert(model, wanted, quantize=None, adapter_name=adapter_name, progress=False)
 
 
-def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, config: LoraConfig) -> None:
+def _rewrites_at_random(config: LoraConfig) -> bool:
+    return str(init.canonical(config.init_lora_weights)).startswith("pissa_niter_")
+
+
+def _base_recipe(config: LoraConfig) -> tuple[Any, ...] | None:
+    """What decides the base weight an init leaves; None if it leaves the original."""
+    strategy = init.canonical(config.init_lora_weights)
+    if not init.changes_base(strategy):
+        return None
+    if strategy == "loftq":  # its base is the original, quantized
+        return (strategy,)
+    # PiSSA takes away the same w at any scale unless A was clamped.
+    scale = config.scaling if strategy == "olora" or config.init_bound is not None else None
+    return strategy, config.r, config.init_bound, scale, config.init_seed if _rewrites_at_random(config) else None
+
+
+def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[str, LoraConfig]) -> None:
     """Every module is there, is linear, and has the checkpoint's sizes."""
     modules = dict(model.named_modules())
     for name, tensors in checkpoint.adapters.items():
@@ -202,9 +330,9 @@ def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, config: LoraCo
         have, want = (tensors.b.shape[0], tensors.a.shape[1]), (module.out_features, module.in_features)
         if have != want:
             raise StateDictError(f"{name}: expected an adapter for [out, in] = {list(want)}, got {list(have)}")
-        r = by_pattern(config.rank_pattern, name, config.r)
-        if tensors.a.shape[0] != r:
-            raise StateDictError(f"{name}: expected rank {r} from {peft.CONFIG_NAME}, got {tensors.a.shape[0]}")
+        config = configs[name]
+        if tensors.a.shape[0] != config.r:
+            raise StateDictError(f"{name}: expected rank {config.r} from {peft.CONFIG_NAME}, got {tensors.a.shape[0]}")
         if config.use_dora != (tensors.magnitude is not None):
             raise StateDictError(
                 f"{name}: use_dora={config.use_dora}, but the magnitude is "
@@ -214,15 +342,21 @@ def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, config: LoraCo
             raise StateDictError(
                 f"{name}: expected a magnitude of {module.out_features}, got {tensors.magnitude.numel()}"
             )
-    parameters = dict(model.named_parameters())
+    own = _own_tensors(model)
     for name, tensor in checkpoint.others.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            shape = str(tuple(parameters[name].shape)) if name in parameters else "no such parameter"
+        if name not in own or own[name].shape != tensor.shape:
+            shape = str(tuple(own[name].shape)) if name in own else "no such parameter"
             raise StateDictError(f"{name}: the checkpoint holds {tuple(tensor.shape)}, the model has {shape}")
+        if own[name].is_floating_point() != tensor.is_floating_point():
+            raise StateDictError(f"{name}: the checkpoint holds {tensor.dtype}, the model has {own[name].dtype}")
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _plan(
-    model: nn.Module, checkpoint: peft.Checkpoint, config: LoraConfig, adapter_name: str
+    model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[str, LoraConfig], adapter_name: str
 ) -> list[Callable[[], Any]]:
     layers = dict(adapted_layers(model))
     holders = {name for name, layer in layers.items() if adapter_name in layer.lora_A}
@@ -231,36 +365,37 @@ def _plan(
             f"adapter {adapter_name!r} exists on {surplus[0]}, which the checkpoint does not adapt "
             f"({len(surplus)} such layers); load it under another name"
         )
+    neighbours = sorted({name for layer in layers.values() for name in layer.lora_A} - {adapter_name})
+    if checkpoint.others and neighbours:
+        raise ConfigError(
+            f"the checkpoint holds {next(iter(checkpoint.others))} (its bias or modules_to_save), which the model has "
+            f"only once and {neighbours[0]!r} uses too: delete that adapter first"
+        )
     loads: list[Callable[[], Any]] = []
     for name, tensors in checkpoint.adapters.items():
         layer = layers.get(name)
         if layer is None:
             raise StateDictError(f"the checkpoint adapts {name}, which is not converted; convert it or a plain model")
-        own = config.replace(
-            r=by_pattern(config.rank_pattern, name, config.r),
-            lora_alpha=by_pattern(config.alpha_pattern, name, config.lora_alpha),
-        )
-        _check_fits(name, layer, own, adapter_name)
-        loads.append(_layer_load(layer, own, tensors, adapter_name))
-    parameters = dict(model.named_parameters())
-    loads += [functools.partial(parameters[name].copy_, tensor) for name, tensor in checkpoint.others.items()]
+        _check_fits(name, layer, configs[name], adapter_name)
+        loads.append(_layer_load(layer, configs[name], tensors, adapter_name))
+    own = _own_tensors(model)
+    loads += [functools.partial(own[name].copy_, tensor) for name, tensor in checkpoint.others.items()]
     return loads
 
 
 def _check_fits(name: str, layer: AdaptedLinear, config: LoraConfig, adapter_name: str) -> None:
-    rewritten = init.changes_base(config.init_lora_weights)
-    if adapter_name in layer.lora_A:
-        have = layer.adapter_configs[adapter_name]
-        if (have.r, have.use_dora) != (config.r, config.use_dora):
-            raise ConfigError(
-                f"{name} has an adapter {adapter_name!r} with r={have.r}, use_dora={have.use_dora}; the checkpoint has "
-                f"r={config.r}, use_dora={config.use_dora}: delete it or load under another name"
-            )
-    strategy = layer.init_record[adapter_name].strategy if adapter_name in layer.lora_A else None
-    if rewritten and strategy != init.canonical(config.init_lora_weights):
+    have = layer.adapter_configs.get(adapter_name)
+    if have is not None and (have.r, have.use_dora) != (config.r, config.use_dora):
         raise ConfigError(
-            f"the adapter was started with init {config.init_lora_weights!r}, which rewrites the base weight: "
-            f"convert the original model with the same init before loading it"
+            f"{name} has an adapter {adapter_name!r} with r={have.r}, use_dora={have.use_dora}; the checkpoint has "
+            f"r={config.r}, use_dora={config.use_dora}: delete it or load under another name"
+        )
+    recipe = _base_recipe(config)
+    if recipe != (None if have is None else _base_recipe(have)):
+        strategy = config.init_lora_weights if recipe is not None or have is None else have.init_lora_weights
+        raise ConfigError(
+            f"init {strategy!r} rewrites the base weight, and the adapter fits only the base it was trained on: load "
+            "it into the original model, or one converted with the very same init, rank and scale"
         )
     if layer.merged:
         raise ConfigError(f"{name} is merged; unmerge before loading an adapter")
@@ -273,7 +408,9 @@ def _layer_load(
         if adapter_name in layer.lora_A:
             layer.lora_A[adapter_name].copy_(tensors.a)
             layer.lora_B[adapter_name].copy_(tensors.b)
-            layer.adapter_configs[adapter_name] = config
+            # The parameters stay, for an optimizer may hold them, and so does their dtype.
+            kept = layer.lora_A[adapter_name].dtype
+            layer.adapter_configs[adapter_name] = config.replace(adapter_dtype=kept)
             layer.scaling[adapter_name] = config.scaling
         else:
             layer.add_adapter(adapter_name, config, (tensors.a, tensors.b))

@@ -6,6 +6,7 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 import re
 import textwrap
 import zlib
@@ -16,12 +17,14 @@ import torch
 from torch import nn
 
 from fastlora.config import LoraConfig
-from fastlora.errors import ConfigError, FastloraError
-from fastlora.nn.adapters import checked_config
-from fastlora.nn.linear import AdaptedLinear, LoraLinear, QLoraLinear
+from fastlora.errors import ConfigError, DtypeError, FastloraError, ShapeError
+from fastlora.math import init, nf4
+from fastlora.nn.adapters import check_name, checked_config
+from fastlora.nn.linear import AdaptedLinear, LoraLinear, QLoraLinear, check_compute_dtype
 from fastlora.nn.quantized import QuantizedWeight
 
 _OTHER_QUANTIZED = ("8bit", "GPTQ", "AWQ", "HQQ", "WQLinear", "QuantLinear")
+_CLASSIFICATION_HEADS = ("score", "classifier")
 _MAX_SEED = 2**63 - 1
 
 
@@ -46,7 +49,7 @@ def _layer_index(name: str, patterns: str | Sequence[str] | None) -> int | None:
     """The index of the layer list a module is in; PEFT's rule."""
     lists = [patterns] if isinstance(patterns, str) else list(patterns or [])
     for pattern in lists or [r"[^.]*"]:
-        found = re.match(rf".*?\.?{pattern}\.(\d+)\.", name)
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
         if found:
             return int(found.group(1))
     return None
@@ -78,27 +81,41 @@ def _weights_read_directly(cls: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def _is_head(model: nn.Module, module: nn.Module) -> bool:
+def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a linear makes the model's output: transformers' own answer, or a classification head by its name."""
     get = getattr(model, "get_output_embeddings", None)
-    return callable(get) and get() is module
+    if not callable(get):
+        return False
+    return get() is module or (get() is None and name.partition(".")[0] in _CLASSIFICATION_HEADS)
+
+
+def _other_quantizer(module: nn.Module) -> str:
+    kind = type(module).__name__
+    return f"{kind} bases are not supported" if any(mark in kind for mark in _OTHER_QUANTIZED) else ""
+
+
+def _saved(name: str, config: LoraConfig) -> bool:
+    """Whether a module is one of modules_to_save or inside one; PEFT's rule."""
+    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
 
 
 def _tied(model: nn.Module) -> set[int]:
-    """Ids of parameters that more than one module holds."""
+    """Ids of parameters that more than one module holds, or whose module has more than one place."""
     owners: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
+        for child in (module, *module._modules.values()):
+            for parameter in () if child is None else child._parameters.values():
+                # Once for the module itself and once for each place it has.
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {key for key, count in owners.items() if count > 1}
+    return {key for key, count in owners.items() if count > 2}
 
 
 def why_not(model: nn.Module, name: str, module: nn.Module, tied: set[int]) -> str:
     """Why a linear must not be swapped, or ""."""
     parent = model.get_submodule(name.rpartition(".")[0])
     child = name.rpartition(".")[2]
-    if any(mark in type(module).__name__ for mark in _OTHER_QUANTIZED):
-        return f"{type(module).__name__} bases are not supported"
+    if reason := _other_quantizer(module):
+        return reason
     if id(module.weight) in tied:
         return "its weight is shared with another module"
     if isinstance(parent, nn.MultiheadAttention) or child in _weights_read_directly(type(parent)):  # type: ignore[arg-type]
@@ -112,38 +129,43 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     Raises:
         ConfigError: nothing matches (lists near names), or a module that was asked for by name cannot be swapped.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name}
+    own = {id(part) for _, layer in adapted_layers(model) for part in layer.modules()}
+    modules = {name: module for name, module in model.named_modules() if name and id(module) not in own}
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     tied, everything = _tied(model), config.target_modules == "all-linear"
     chosen: dict[str, nn.Module] = {}
-    for name, module in linears.items():
+    for name, module in modules.items():
         if config.exclude_modules and matches(config.exclude_modules, name):
             continue
-        if config.modules_to_save and matches(config.modules_to_save, name):
-            continue
-        if not _wanted_layer(name, config):
+        if _saved(name, config) or not _wanted_layer(name, config):
             continue
         if everything:
-            if not _is_head(model, module) and not why_not(model, name, module, tied):
+            if name not in linears or _is_head(model, name, module):
+                continue
+            if _other_quantizer(module):
+                raise ConfigError(f"cannot adapt {name}: {_other_quantizer(module)}; exclude_modules can leave it out")
+            if not why_not(model, name, module, tied):
                 chosen[name] = module
         elif matches(config.target_modules, name):
+            if name not in linears:
+                if getattr(module, "weight", None) is None:
+                    continue  # a container whose name ends alike
+                kind = type(module).__name__
+                raise ConfigError(
+                    f"target_modules matched {name}, a {kind}; expected nn.Linear or bitsandbytes Linear4bit"
+                )
             if reason := why_not(model, name, module, tied):
                 raise ConfigError(f"cannot adapt {name}: {reason}")
             chosen[name] = module
     if not chosen:
-        _raise_no_match(model, config, list(linears))
+        _raise_no_match(config, list(linears))
     return chosen
 
 
-def _raise_no_match(model: nn.Module, config: LoraConfig, linears: list[str]) -> None:
+def _raise_no_match(config: LoraConfig, linears: list[str]) -> None:
     asked = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules)
     endings = sorted({name.rpartition(".")[2] for name in linears})
     near = sorted({hit for word in asked for hit in difflib.get_close_matches(word, endings, n=3, cutoff=0.5)})
-    others = [n for n, m in model.named_modules() if n and matches(config.target_modules, n) and n not in linears]
-    if others and config.target_modules != "all-linear":
-        kind = type(model.get_submodule(others[0])).__name__
-        raise ConfigError(
-            f"target_modules matched {others[0]}, a {kind}; expected nn.Linear or bitsandbytes Linear4bit"
-        )
     hint = f"near: {', '.join(near)}; " if near else ""
     raise ConfigError(
         f"target_modules={asked} matched no linear layer; {hint}linear names: {', '.join(endings) or 'none'}"
@@ -164,6 +186,11 @@ def config_for(name: str, config: LoraConfig) -> LoraConfig:
     alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
     seed = None if config.init_seed is None else (config.init_seed + zlib.crc32(name.encode())) % _MAX_SEED
     return config.replace(r=r, lora_alpha=alpha, init_seed=seed)
+
+
+def model_seed(name: str, seed: int) -> int:
+    """The config's seed from that of one module: the inverse of what `config_for` does to it."""
+    return (seed - zlib.crc32(name.encode())) % _MAX_SEED
 
 
 # --- converting -------------------------------------------------------------------------------------------------------
@@ -203,6 +230,14 @@ def convert(
     if config.init_seed is None:
         config = config.replace(init_seed=int(torch.randint(0, _MAX_SEED, (1,), device="cpu").item()))
     targets = find_targets(model, config)
+    if quantize is not None:
+        nf4.check_format(quantize, blocksize)
+    check_compute_dtype(compute_dtype)
+    check_name(adapter_name)
+    _check_saved(model, config)
+    configs = {name: checked_config(config_for(name, config), {}) for name in targets}
+    for name, module in targets.items():
+        _check_target(name, module, configs[name], quantize)
     keywords: dict[str, Any] = {"quant_type": quantize, "blocksize": blocksize, "double_quant": double_quant}
     make: dict[str, Callable[..., nn.Module]] = {}
     for name, module in targets.items():
@@ -218,7 +253,7 @@ def convert(
         parameter.requires_grad_(False)
     for name in _with_progress(list(targets), "convert", progress):
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], make[name](targets.pop(name), config_for(name, config)))
+        setattr(parent, name.rpartition(".")[2], make[name](targets.pop(name), configs[name]))
         del make[name]
     _unfreeze(model, config)
     if quantize is not None or any(isinstance(layer, QLoraLinear) for _, layer in adapted_layers(model)):
@@ -226,14 +261,50 @@ def convert(
     return model
 
 
+def _check_saved(model: nn.Module, config: LoraConfig) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for saved in config.modules_to_save or ():
+        if not any(matches([saved], name) for name in names):
+            raise ConfigError(f"modules_to_save: no module is named {saved!r}")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False) if config.modules_to_save else ():
+        owners.setdefault(id(parameter), []).append(name)
+    for shared in owners.values():
+        outside = [name for name in shared if not _saved(name, config)]
+        if outside and len(outside) < len(shared):
+            inside = next(name for name in shared if name not in outside)
+            raise ConfigError(f"modules_to_save: {inside} is the same tensor as {outside[0]}; name both or neither")
+
+
+def _check_target(name: str, linear: nn.Module, config: LoraConfig, quantize: str | None) -> None:
+    """Raise, before anything has changed, what making this layer would."""
+    weight: Any = linear.weight
+    four_bit = hasattr(weight, "quant_state")
+    if four_bit and weight.quant_state is not None:
+        QuantizedWeight.from_bnb(linear)
+    elif not weight.is_floating_point():
+        raise DtypeError(f"cannot adapt {name}: expected a floating-point weight, got {weight.dtype}")
+    strategy = init.canonical(config.init_lora_weights)
+    if init.changes_base(strategy):
+        if four_bit or (strategy == "loftq" and quantize is None):
+            raise ConfigError(f"cannot adapt {name}: init {strategy!r} needs a float weight that gets quantized here")
+        if config.r > min(weight.shape):
+            raise ShapeError(f"cannot adapt {name}: {strategy!r} needs r at most {min(weight.shape)}, got {config.r}")
+    if four_bit or weight.is_meta or (quantize is None and not init.changes_base(strategy)):
+        return
+    if quantize is not None and weight.dtype not in nf4.SOURCE_DTYPES:
+        raise DtypeError(f"cannot quantize {name}: expected float32, bfloat16 or float16, got {weight.dtype}")
+    if not torch.stack(weight.detach().aminmax()).isfinite().all():
+        raise ShapeError(f"cannot {'factor' if quantize is None else 'quantize'} {name}: its weight holds NaN or inf")
+
+
 def _unfreeze(model: nn.Module, config: LoraConfig) -> None:
     for name, module in model.named_modules():
-        if config.modules_to_save and matches(config.modules_to_save, name):
-            for parameter in module.parameters():
+        for own, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_floating_point():
+                continue
+            if _saved(name, config) or (config.bias == "all" and own == "bias"):
                 parameter.requires_grad_(True)
-        bias = getattr(module, "bias", None)
-        if config.bias == "all" and isinstance(bias, nn.Parameter):
-            bias.requires_grad_(True)
 
 
 def _release_from_transformers(model: nn.Module) -> None:
@@ -266,18 +337,23 @@ def _layers(model: nn.Module) -> list[AdaptedLinear]:
     return layers
 
 
+def _known_names(layers: list[AdaptedLinear], names: str | Sequence[str]) -> list[str]:
+    chosen = [names] if isinstance(names, str) else list(names)
+    known = {name for layer in layers for name in layer.lora_A}
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"unknown adapter {name!r}; have {', '.join(sorted(known))}")
+    return chosen
+
+
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Make these adapters active in every layer that has them; the layers' other adapters are frozen.
 
     Raises:
         ConfigError: no layer has one of them, or a layer refuses the combination; nothing has changed then.
     """
-    chosen = [names] if isinstance(names, str) else list(names)
     layers = _layers(model)
-    known = {name for layer in layers for name in layer.lora_A}
-    for name in chosen:
-        if name not in known:
-            raise ConfigError(f"unknown adapter {name!r}; have {', '.join(sorted(known))}")
+    chosen = _known_names(layers, names)
     for layer in layers:
         layer.check_active([name for name in chosen if name in layer.lora_A])
     for layer in layers:
@@ -292,6 +368,10 @@ def add_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
     """
     layers = dict(adapted_layers(model)) if _layers(model) else {}
     checked = {name: checked_config(config, {}) for name, config in configs.items()}
+    for name, config in checked.items():
+        _shares_nothing(name, config)
+        if config.init_seed is None:
+            checked[name] = config.replace(init_seed=int(torch.randint(0, _MAX_SEED, (1,), device="cpu").item()))
     picked: dict[str, list[str]] = {}
     for name, config in checked.items():
         everything = config.target_modules == "all-linear"
@@ -306,23 +386,34 @@ def add_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
             raise ConfigError(f"target_modules={config.target_modules!r} of {name!r} matches no adapted layer")
         for path in picked[name]:
             layers[path].check_new(name, checked[name])
-    for name, config in checked.items():
-        if config.init_seed is None:
-            config = config.replace(init_seed=int(torch.randint(0, _MAX_SEED, (1,)).item()))
-        for path in picked[name]:
-            layers[path].add_adapter(name, config_for(path, config))
+    made = [
+        (x, path, checked_config(config_for(path, checked[x]), {})) for x, paths in picked.items() for path in paths
+    ]
+    for name, path, config in made:
+        layers[path].add_adapter(name, config)
 
 
-def merge(model: nn.Module, adapter_names: Sequence[str] | None = None, *, safe: bool = True, **keywords: Any) -> None:
+def _shares_nothing(name: str, config: LoraConfig) -> None:
+    """Biases and whole modules exist once in a model: only the adapter it is converted with can train them."""
+    for field, nothing in (("bias", "none"), ("modules_to_save", None)):
+        if (value := getattr(config, field)) not in (nothing, []):
+            raise ConfigError(f"{field}={value!r} of {name!r}: only the adapter given to convert can train these")
+
+
+def merge(
+    model: nn.Module, adapter_names: str | Sequence[str] | None = None, *, safe: bool = True, **keywords: Any
+) -> None:
     """`layer.merge` on every adapted layer; if one refuses, those already merged are unmerged again.
 
     Raises:
-        ConfigError, ShapeError: as `layer.merge`.
+        ConfigError, ShapeError: as `layer.merge`, or no layer has an adapter of one of the names.
     """
     done: list[AdaptedLinear] = []
+    layers = _layers(model)
+    chosen = None if adapter_names is None else _known_names(layers, adapter_names)
     try:
-        for layer in _layers(model):
-            names = None if adapter_names is None else [name for name in adapter_names if name in layer.lora_A]
+        for layer in layers:
+            names = None if chosen is None else [name for name in chosen if name in layer.lora_A]
             fresh = not layer.merged
             layer.merge(safe, adapter_names=names, **keywords)
             if fresh:
@@ -343,7 +434,7 @@ def merge_and_unload(model: nn.Module, *, safe: bool = True, dtype: torch.dtype 
     """Merge the active adapters and put plain `nn.Linear` layers back; 16-bit where the base was 4-bit.
 
     Returns:
-        The same model, without adapters.
+        The same model, without adapters (a plain layer, if the model is an adapted layer itself).
 
     Raises:
         ConfigError, ShapeError: as `layer.merge`; the model has not changed then.
@@ -351,10 +442,12 @@ def merge_and_unload(model: nn.Module, *, safe: bool = True, dtype: torch.dtype 
     merge(model, safe=safe, dtype=dtype)
     for name, layer in list(adapted_layers(model)):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        weight = layer.weight if layer.merged else nn.Parameter(layer.dequantize(dtype), requires_grad=False)
-        plain.weight, plain.bias = weight, layer.bias  # type: ignore[assignment]
+        weight = layer.dequantize(dtype or layer._merged_dtype())
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias  # type: ignore[assignment]
         if plain.bias is not None:
             plain.bias.data = plain.bias.data.to(weight.dtype)
+        if not name:  # the model is itself the layer
+            return plain.train(layer.training)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], plain.train(layer.training))
     return model
@@ -377,7 +470,9 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """One line: trainable, total and their ratio."""
-    _trainable, _total = trainable_parameters(model)
+    trainable, total = trainable_parameters(model)
+    line = f"trainable: {trainable:,} of {total:,} parameters ({100 * trainable / max(1, total):.2f} %)"
+    print(line)  # noqa: T201 - what it is for
 
 
 def param_groups(
@@ -390,7 +485,7 @@ def param_groups(
     Raises:
         ConfigError: a ratio below 1, a learning rate that is not positive, or nothing to train.
     """
-    if loraplus_lr_ratio < 1.0 or lr <= 0.0:
+    if not (1.0 <= loraplus_lr_ratio < math.inf and 0.0 < lr < math.inf):
         raise ConfigError(f"expected lr > 0 and loraplus_lr_ratio >= 1, got {lr} and {loraplus_lr_ratio}")
     slow: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []

@@ -86,7 +86,7 @@ class AdaptedLinear(AdapterLayer):
         return 0 if len(self.scaling) == 1 else list(self.scaling).index(name)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
-        dtype = lora.autocast_dtype(x)
+        dtype = lora.autocast_dtype(x) or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
@@ -302,6 +302,8 @@ def _fresh_linear(
     k: int, n: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, nn.Parameter | None]:
     """Weight and bias drawn as `nn.Linear` draws them."""
+    if not isinstance(bias, bool):
+        raise DtypeError(f"bias must be True or False here, got {bias!r}; which biases train goes into config")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise DtypeError(f"expected a floating-point torch.dtype, got {dtype!r}")
     weight = torch.empty((n, k), device=device, dtype=dtype)
@@ -468,8 +470,7 @@ class QLoraLinear(AdaptedLinear):
     def _set_format(
         self, quant_type: str, blocksize: int, double_quant: bool, compute_dtype: torch.dtype | None
     ) -> None:
-        if compute_dtype is not None and not compute_dtype.is_floating_point:
-            raise DtypeError(f"compute_dtype must be a floating-point dtype, got {compute_dtype}")
+        check_compute_dtype(compute_dtype)
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype = compute_dtype
 
@@ -513,6 +514,12 @@ class QLoraLinear(AdaptedLinear):
         weight: Any = self.weight
         device: torch.device = weight.device
         return device
+
+
+def check_compute_dtype(dtype: Any) -> None:
+    """Raise DtypeError unless it is None or a floating-point dtype."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise DtypeError(f"compute_dtype must be a floating-point torch.dtype, got {dtype!r}")
 
 
 def _check_linear(linear: nn.Module) -> None:

@@ -74,7 +74,7 @@ def forward(layer: AdaptedLinear, x: Tensor, adapter_names: Sequence[str | None]
         return y
     k, n = layer.in_features, layer.out_features
     tokens = x.reshape(x.shape[0], -1, k).shape[1]
-    flat, dtype = x.to(autocast_dtype(x)).reshape(-1, k), torch.promote_types(y.dtype, torch.float32)
+    flat, dtype = x.to(autocast_dtype(x) or x.dtype).reshape(-1, k), torch.promote_types(y.dtype, torch.float32)
     seed, total = _seed(layer, x, chosen), y.reshape(-1, n).to(dtype)
     for name in chosen:
         batch = [row for row, own in enumerate(adapter_names) if own == name]

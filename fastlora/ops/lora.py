@@ -172,8 +172,12 @@ def adapted_linear(
     dora_dropout: str,
     backend: str | None,
     on_grid: bool = False,
+    norm_weight: Tensor | None = None,
 ) -> Tensor:
-    """What `lora_linear` and `qlora_linear` share: validate once, flatten x to [m, k], draw the seed, call."""
+    """What `lora_linear` and `qlora_linear` share: validate once, flatten x to [m, k], draw the seed, call.
+
+    `norm_weight` is the weight DoRA's norm is taken of, where `weight` is a cast of it.
+    """
     n, k = weight.shape
     _check(x, n, k, a, b, bias, magnitude, dropout_p)
     _check_devices(x, weight[0] if isinstance(weight, PackedWeight) else weight, a, b, bias, magnitude)
@@ -186,7 +190,9 @@ def adapted_linear(
     x2d = x.reshape(-1, k).contiguous()
     dropout = dropout_p > 0.0
     seed_tensor = _as_seed(seed, x.device) if dropout else None
-    norm = None if magnitude is None else dora_weight_norm(weight, a, b, scale, backend=backend)
+    norm = None
+    if magnitude is not None:
+        norm = dora_weight_norm(weight if norm_weight is None else norm_weight, a, b, scale, backend=backend)
     train = torch.is_grad_enabled() and (
         x.requires_grad
         or a.requires_grad
@@ -210,11 +216,11 @@ def adapted_linear(
     return y.view(*x.shape[:-1], n)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype x computes in: autocast's for the device if it is on (float64 stays), else its own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype for the device of x where it is on (it leaves float64 alone), else None."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def lora_linear(
@@ -257,11 +263,10 @@ def lora_linear(
         raise ShapeError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
     if weight.requires_grad:
         raise DtypeError("the base weight is frozen: expected weight.requires_grad=False, got True")
-    dtype = autocast_dtype(x)
-    if dtype != x.dtype:
-        x = x.to(dtype)
-        weight = weight.to(dtype)
-    if weight.dtype != dtype:
+    dtype, norm_weight = autocast_dtype(x), weight
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    if weight.dtype != x.dtype:
         raise DtypeError(f"expected x and weight of one dtype, got x {x.dtype} and weight {weight.dtype}")
     return adapted_linear(
         x,
@@ -276,4 +281,5 @@ def lora_linear(
         magnitude=magnitude,
         dora_dropout=dora_dropout,
         backend=backend,
+        norm_weight=norm_weight,
     )

@@ -39,7 +39,7 @@ def qlora_linear(
     if len(weight.shape) != 2:
         raise ShapeError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
     y = adapted_linear(
-        x.to(compute_dtype or autocast_dtype(x)),
+        x.to(compute_dtype or autocast_dtype(x) or x.dtype),
         weight,
         a,
         b,
