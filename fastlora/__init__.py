@@ -14,9 +14,11 @@ from fastlora.errors import (
     UnsupportedError,
 )
 from fastlora.nn.checkpoint import load_adapter, save_adapter
-from fastlora.nn.convert import (
+from fastlora.nn.convert import convert
+from fastlora.nn.linear import LoraLinear, QLoraLinear
+from fastlora.nn.loading import bnb_state_dict
+from fastlora.nn.model import (
     add_adapters,
-    convert,
     merge,
     merge_and_unload,
     param_groups,
@@ -25,8 +27,6 @@ from fastlora.nn.convert import (
     trainable_parameters,
     unmerge,
 )
-from fastlora.nn.linear import LoraLinear, QLoraLinear
-from fastlora.nn.loading import bnb_state_dict
 from fastlora.nn.quantized import QuantizedWeight
 
 __version__ = "0.1.0"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastlora.nn.convert import adapted_layers
-from fastlora.nn.linear import AdaptedLinear
+from fastlora.nn.adapted import AdaptedLinear
 from fastlora.nn.quantized import QuantizedWeight
+from fastlora.nn.targets import adapted_layers
 
 PREFIX = "base_model.model."
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

@@ -12,7 +12,7 @@ from torch import nn
 import fastlora
 from fastlora import ConfigError, LoraConfig, LoraLinear, QLoraLinear
 from fastlora.nn.adapters import AdapterLayer
-from fastlora.nn.convert import adapted_layers
+from fastlora.nn.targets import adapted_layers
 from tests.layer_tools import same, shake, snapshot
 from tests.model_tools import LINEARS, llama
 

@@ -592,3 +592,13 @@ def test_param_groups_of_a_frozen_model_are_refused():
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
         fastlora.param_groups(model, 1e-3)
+
+
+def test_merge_and_unload_of_an_fp32_nf4_model_runs_in_16_bits():
+    """The plain model's parameters share one dtype; buffers (rotary tables) keep theirs."""
+    model = converted(quantize="nf4", r=4)
+    buffers = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    fastlora.merge_and_unload(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {name: buffer.dtype for name, buffer in model.named_buffers()} == buffers
+    assert model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()

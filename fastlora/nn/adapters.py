@@ -51,7 +51,7 @@ def check_name(name: str) -> None:
 
 
 class AdapterLayer(nn.Module):
-    """The adapters of one linear layer. `nn.linear` adds the base weight, the forward and merging.
+    """The adapters of one linear layer. `nn.adapted` adds the base weight, the forward and merging.
 
     Attributes:
         in_features, out_features: k and n.

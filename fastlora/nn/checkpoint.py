@@ -20,18 +20,11 @@ from fastlora.config import LoraConfig
 from fastlora.errors import ConfigError, StateDictError
 from fastlora.io import peft
 from fastlora.math import init
+from fastlora.nn.adapted import AdaptedLinear
 from fastlora.nn.adapters import check_name
-from fastlora.nn.convert import (
-    adapted_layers,
-    by_pattern,
-    config_for,
-    convert,
-    find_targets,
-    matches,
-    model_seed,
-    set_adapter,
-)
-from fastlora.nn.linear import AdaptedLinear
+from fastlora.nn.convert import convert
+from fastlora.nn.model import set_adapter
+from fastlora.nn.targets import adapted_layers, by_pattern, config_for, find_targets, matches, model_seed
 
 # What a checkpoint says once for all its layers.
 _ONCE = ("use_rslora", "use_dora", "lora_dropout", "dora_dropout", "bias", "modules_to_save")
@@ -174,22 +167,24 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _made(folder: pathlib.Path) -> Iterator[None]:
-    """Make a folder; if the block fails, what had to be made is gone again."""
+    """Make a folder; if the block fails or is interrupted, what had to be made is gone again."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
+    with contextlib.ExitStack() as undo:
+        for path in reversed(missing):
+            undo.callback(_remove_if_empty, path)
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except BaseException:  # Ctrl-C too
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
+        undo.pop_all()
+
+
+def _remove_if_empty(folder: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _put_in_place(files: list[pathlib.Path], target: pathlib.Path) -> None:
     """Move each file over the one of its name in `target`; if one cannot be moved, the old ones come back."""
-    undo: list[Callable[[], Any]] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for file in files:
             place, old = target / file.name, file.with_name("old-" + file.name)
             if place.exists():
@@ -197,14 +192,11 @@ def _put_in_place(files: list[pathlib.Path], target: pathlib.Path) -> None:
                     os.link(place, old)
                 except OSError:  # no hard links here
                     shutil.copy2(place, old)
-                undo.append(functools.partial(os.replace, old, place))
+                undo.callback(os.replace, old, place)
             else:
-                undo.append(functools.partial(place.unlink, missing_ok=True))
+                undo.callback(place.unlink, missing_ok=True)
             os.replace(file, place)
-    except BaseException:  # Ctrl-C too
-        for step in undo:
-            step()
-        raise
+        undo.pop_all()
 
 
 def _is_causal_lm(model: nn.Module) -> bool:

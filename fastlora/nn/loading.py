@@ -13,7 +13,7 @@ from fastlora.io import bnb
 from fastlora.nn.quantized import PARTS, QuantizedWeight
 
 if TYPE_CHECKING:
-    from fastlora.nn.linear import AdaptedLinear
+    from fastlora.nn.adapted import AdaptedLinear
 
 Load = Callable[[], None]
 

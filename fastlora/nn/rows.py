@@ -13,7 +13,7 @@ from fastlora.math import philox
 from fastlora.ops.lora import autocast_dtype, draw_seed
 
 if TYPE_CHECKING:
-    from fastlora.nn.linear import AdaptedLinear
+    from fastlora.nn.adapted import AdaptedLinear
 
 
 def _delta(layer: AdaptedLinear, x: Tensor, keep: Tensor | None, name: str) -> Tensor:
