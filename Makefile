@@ -19,9 +19,6 @@ SOURCES := pyproject.toml $(wildcard setup.py) constraints/cpu.txt $(wildcard cs
 TEST_READY := $(VENV)/.ready-test
 DEMO_READY := $(VENV)/.ready-demo
 
-# Threads that wait sleep instead of spinning: where others share the cores, a training step is four times as fast.
-pytest demo: export OMP_WAIT_POLICY ?= passive
-
 ARGS ?=
 
 .PHONY: help setup test pytest lint types contracts format demo bench gpu-report clean distclean
@@ -49,8 +46,8 @@ $(DEMO_READY): $(SOURCES) | $(BIN)/python
 
 test: lint types contracts pytest ## everything CI checks: style, types, import contracts, tests
 
-pytest: $(TEST_READY) ## the tests alone
-	$(BIN)/python -m pytest $(ARGS)
+pytest: $(TEST_READY) ## the tests alone, one process a core
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(TEST_READY) ## ruff: style and formatting
 	$(BIN)/ruff check .

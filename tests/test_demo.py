@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from fastlora.cli import _gguf, _restore, _smollm2, main
+from fastlora.cli import _gguf, _keep, _restore, _smollm2, main
 from fastlora.cli.demo import adapt
 
 transformers = pytest.importorskip("transformers")
@@ -158,3 +158,59 @@ def test_absent_packages_are_named(capsys, monkeypatch):
     assert error.count("\n") == 1
     assert "randfacts" in error
     assert "make demo" in error
+
+
+def interrupted_run(folder):
+    with _keep.whole_folder(folder) as scratch:
+        (scratch / "half").write_text("x")
+        raise KeyboardInterrupt
+
+
+def test_kept_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_run(folder)
+    assert list(tmp_path.iterdir()) == []
+    for text in ("first", "second"):
+        with _keep.whole_folder(folder) as scratch:
+            (scratch / _keep.REPORT).write_text(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (folder / _keep.REPORT).read_text() == "second"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_run(folder)
+    assert (folder / _keep.REPORT).read_text() == "second"
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main.run(["demo", "--output", str(tmp_path)]) == 1
+    assert "no demo's" in capsys.readouterr().err
+    assert main.run(["demo", "--output", str(tmp_path / "thesis.txt")]) == 1
+    assert main.run(["demo", "--output", str(tmp_path / "a" / "b")]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_is_kept_of_a_tiny_model(tmp_path):
+    """Save, reload into a fresh model, merge, draw: the demo's own steps."""
+    pytest.importorskip("matplotlib")
+    model = tiny_model()
+    adapt(model, seed=0)
+    example = _restore.Example("", [5, 6, 7, 8, 9, 10, 2], 3)
+    losses = list(_restore.train(model, [[example] * 2] * 5, 1e-2, 2))
+    import fastlora
+
+    fastlora.save_adapter(model, tmp_path / _keep.ADAPTER)
+    fresh = tiny_model()
+    adapt(fresh, seed=1)
+    ids = torch.tensor([example.ids])
+    assert _keep.largest_difference(model, fresh, ids) > 1e-3
+    fastlora.load_adapter(fresh, tmp_path / _keep.ADAPTER)
+    assert _keep.largest_difference(model, fresh, ids) == 0.0
+    before = _restore.evaluate(model, [example], 2, lambda: None).loss
+    merged = fastlora.merge_and_unload(model, dtype=torch.bfloat16).float()
+    assert _restore.evaluate(merged, [example], 2, lambda: None).loss == pytest.approx(before, rel=0.05)
+    assert _keep.draw_losses(tmp_path / _keep.PLOT, losses, 2.0, 1.0)
+    assert (tmp_path / _keep.PLOT).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(fastlora.FastloraError, match="not finite"):
+        _keep.write_report(tmp_path / "x.json", {"loss": float("nan")})

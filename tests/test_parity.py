@@ -79,6 +79,17 @@ def test_long_reductions_of_few_tokens_within_budget(p):
             assert judge(case, inputs, run(case, inputs, backend)) == [], backend
 
 
+def test_a_transposed_weight_and_strided_operands():
+    """Views with other strides are read as what they are."""
+    case = Case(9, 24, 40, 3, bias=True, dora=True, p=0.2)
+    inputs = make_inputs(case)
+    strided = {name: getattr(inputs, name).mT.contiguous().mT for name in ("x", "weight", "a", "b", "dy")}
+    strided |= {name: torch.stack([getattr(inputs, name)] * 2, 1)[:, 0] for name in ("bias", "mag")}
+    assert not any(t.is_contiguous() for t in strided.values())
+    for backend in able(case):
+        assert judge(case, inputs, run(case, inputs._replace(**strided), backend)) == [], backend
+
+
 def _tf32(t: torch.Tensor) -> torch.Tensor:
     """Round fp32 to the 10-bit mantissa of tf32."""
     bits = t.float().view(torch.int32)

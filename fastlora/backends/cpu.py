@@ -59,6 +59,9 @@ def _aligned(t: Tensor | None, keep: list[Tensor]) -> int:
 def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
     """The record's fields for a frozen weight; `keep` holds copies that must outlive the call."""
     if isinstance(weight, Tensor):
+        if not weight.is_contiguous():
+            weight = weight.contiguous()
+            keep.append(weight)
         return (0, 0, weight.data_ptr(), 0, 0, 0, 0, 0, 0)
     packed = weight.packed if weight.packed.is_contiguous() else weight.packed.contiguous()
     scales = weight.absmax if weight.absmax.is_contiguous() else weight.absmax.contiguous()
@@ -315,6 +318,12 @@ def lora_bwd(
     if a.dtype != torch.float32:
         da, db = (None if t is None else t.to(a.dtype) for t in (da, db))
     return dx, da, db, dmag, dbias
+
+
+def describe() -> str:
+    """The instruction tier in force and those this CPU has, for `fastlora env`."""
+    library = _cpu_library.library()
+    return f"tier {_cpu_library.TIERS[library.tier()]} (has {', '.join(library.tiers)})"
 
 
 _FLOATS = frozenset(_DTYPES)

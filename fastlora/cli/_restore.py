@@ -23,6 +23,10 @@ HELD_OUT = 120
 EVAL_BATCH = 16
 IGNORE = -100
 WARMUP, FLOOR = 5, 0.1
+GROUP = 8
+# The first gradients are ten times the later ones; unclipped they stay in Adam's second moment and shorten every step
+# after them (held-out loss 0.27 instead of 0.25 at seed 1, 0.30 instead of 0.29 at seed 0; 2026-11).
+CLIP = 1.0
 
 
 class Example(NamedTuple):
@@ -80,12 +84,20 @@ def split(sentences: Sequence[str], count: int, seed: int) -> tuple[list[str], l
 
 
 def batches(examples: Sequence[Example], size: int, seed: int | None = None) -> list[list[Example]]:
-    """Batches of sentences of like length (little padding); in random order when a seed is given."""
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    groups = [list(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-    if seed is not None:
-        random.Random(seed).shuffle(groups)
-    return groups
+    """Batches of sentences of like length, so that little is padding.
+
+    Without a seed the whole list is sorted; with one, only every `GROUP` batches among themselves, and those batches
+    then come in random order: neighbours in length are not always the same.
+    """
+    chunk = len(examples) if seed is None else size * GROUP
+    found: list[list[Example]] = []
+    for start in range(0, len(examples), chunk):
+        ordered = sorted(examples[start : start + chunk], key=lambda example: len(example.ids))
+        groups = [ordered[at : at + size] for at in range(0, len(ordered), size)]
+        if seed is not None:
+            random.Random(seed + start).shuffle(groups)
+        found += groups
+    return found
 
 
 def collate(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,6 +175,7 @@ def train(model: PreTrainedModel, groups: Sequence[Sequence[Example]], lr: float
         if not torch.isfinite(loss):
             raise ValueError(f"the loss became {loss.item()}: training diverged")
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
