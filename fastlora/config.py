@@ -13,6 +13,7 @@ import torch
 from fastlora.errors import ConfigError, DtypeError
 
 DORA_DROPOUT = ("peft", "shared")
+SEED_END = 2**63 - 1  # seeds, of dropout and of initialisation, are in [0, SEED_END)
 BIAS = ("none", "all", "lora_only")
 
 # Fields of a peft.LoraConfig that say nothing about the mathematics.
@@ -93,7 +94,7 @@ class LoraConfig:
         if self.init_bound is not None and not (_is_number(self.init_bound) and self.init_bound > 0):
             raise ConfigError(f"init_bound must be a positive finite number or None, got {self.init_bound!r}")
         seed = self.init_seed
-        if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63 - 1):
+        if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < SEED_END):
             raise ConfigError(f"init_seed must be an integer in [0, 2**63 - 1) or None, got {seed!r}")
         if not isinstance(self.adapter_dtype, torch.dtype) or not self.adapter_dtype.is_floating_point:
             raise DtypeError(f"adapter_dtype must be a floating-point torch.dtype, got {self.adapter_dtype!r}")
@@ -162,6 +163,11 @@ class LoraConfig:
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"unknown config field {unknown[0]!r}; known: {', '.join(known)}")
         return cls(**values)
+
+
+def fresh_seed() -> int:
+    """A seed drawn from torch's CPU generator."""
+    return int(torch.randint(0, SEED_END, (1,), device="cpu").item())
 
 
 def _is_number(value: Any) -> bool:

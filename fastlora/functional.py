@@ -13,7 +13,7 @@ from fastlora.math import philox
 from fastlora.math.nf4 import PackedWeight
 from fastlora.nn.quantized import QuantizedWeight, as_packed
 from fastlora.ops import dora, qlora
-from fastlora.ops.lora import lora_linear
+from fastlora.ops.lora import as_seed, lora_linear
 
 __all__ = ["dequantize", "dora_weight_norm", "dropout_mask", "lora_linear", "qlora_linear", "quantize"]
 
@@ -77,10 +77,8 @@ def dropout_mask(
         raise ShapeError(f"p must be in [0, 1), got {p}")
     if not shape or min(shape) < 0:
         raise ShapeError(f"expected a shape [..., k] of non-negative sizes, got {tuple(shape)}")
-    if isinstance(seed, int):
-        if not 0 <= seed < 2**63 - 1:
-            raise ShapeError(f"seed must be in [0, 2**63 - 1), got {seed}")
-        seed = torch.tensor([seed], dtype=torch.int64, device=device)
+    own = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
+    seed = as_seed(seed, own if device is None else torch.device(device))
     rows = 1
     for size in shape[:-1]:
         rows *= size

@@ -78,15 +78,6 @@ CASES = {
 EVERY_CASE = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small for more, and threads that wait for one another make a busy machine slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def base_logits():
     return logits(llama())

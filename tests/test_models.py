@@ -27,15 +27,6 @@ EVERY_ADAPTER = pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTER
 LAST = LINEARS[-1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small for more, and threads that wait for one another make a busy machine slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def converted(quantize=None, model=None, **fields):
     return fastlora.convert(model or llama(), quantize=quantize, blocksize=32, progress=False, **fields)
 

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.config import SEED_END
 from fastlora.errors import ConfigError, DtypeError, ShapeError
 
 ALIASES = {"original": "kaiming"}
@@ -111,7 +112,7 @@ def init_adapter(
         raise ShapeError(f"r, in_features and out_features must be at least 1, got {r}, {in_features}, {out_features}")
     if bound is not None and not 0 < bound < math.inf:
         raise ConfigError(f"init_bound must be None or a positive number, got {bound!r}")
-    if not 0 <= seed < (1 << 63) - 1:
+    if not 0 <= seed < SEED_END:
         raise ConfigError(f"init_seed must be in [0, 2^63 - 1), got {seed}")
     generator = torch.Generator(device="cpu").manual_seed(seed)
     if changes_base(name):

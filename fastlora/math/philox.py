@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlora.config import SEED_END
 from fastlora.errors import ConfigError, DtypeError, ShapeError
 
 LANES = 1 << 16  # values of a 16-bit lane
@@ -86,7 +87,7 @@ def _key(seed: int | Tensor) -> tuple[Word, Word, torch.device | None]:
             raise ShapeError(f"seed: expected one element, got shape {list(seed.shape)}")
         value = seed.reshape(())
         return value & MASK32, (value >> 32) & MASK32, seed.device
-    if not 0 <= seed < (1 << 63) - 1:
+    if not 0 <= seed < SEED_END:
         raise ConfigError(f"seed must be in [0, 2^63 - 1), got {seed}")
     return seed & MASK32, seed >> 32, None
 

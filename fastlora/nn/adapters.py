@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.config import LoraConfig
+from fastlora.config import LoraConfig, fresh_seed
 from fastlora.errors import ConfigError, DtypeError, ShapeError
 from fastlora.math import init
 
@@ -31,7 +31,7 @@ class AdapterTensors(nn.ParameterDict):
 def _seed_of(config: LoraConfig) -> int:
     if config.init_seed is not None:
         return config.init_seed
-    return int(torch.randint(0, 2**63 - 1, (1,), device="cpu").item())
+    return fresh_seed()
 
 
 def checked_config(config: Any, fields: dict[str, Any]) -> LoraConfig:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.config import LoraConfig
+from fastlora.config import LoraConfig, fresh_seed
 from fastlora.errors import ConfigError, DtypeError, ShapeError
 from fastlora.math import init, nf4
 from fastlora.nn.adapters import check_name, checked_config
 from fastlora.nn.linear import LoraLinear, QLoraLinear, check_compute_dtype
 from fastlora.nn.quantized import QuantizedWeight
 from fastlora.nn.targets import (
-    MAX_SEED,
     adapted_layers,
     config_for,
     find_targets,
@@ -57,7 +56,7 @@ def convert(
     if quantize not in ("nf4", "fp4", None):
         raise ConfigError(f'quantize must be "nf4", "fp4" or None, got {quantize!r}')
     if config.init_seed is None:
-        config = config.replace(init_seed=int(torch.randint(0, MAX_SEED, (1,), device="cpu").item()))
+        config = config.replace(init_seed=fresh_seed())
     targets = find_targets(model, config)
     if quantize is not None:
         nf4.check_format(quantize, blocksize)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.config import LoraConfig
+from fastlora.config import LoraConfig, fresh_seed
 from fastlora.errors import ConfigError, FastloraError
 from fastlora.nn.adapted import AdaptedLinear
 from fastlora.nn.adapters import checked_config
 from fastlora.nn.linear import QLoraLinear
 from fastlora.nn.quantized import QuantizedWeight
 from fastlora.nn.targets import (
-    MAX_SEED,
     adapted_layers,
     config_for,
     matches,
@@ -65,7 +64,7 @@ def add_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
     for name, config in checked.items():
         _shares_nothing(name, config)
         if config.init_seed is None:
-            checked[name] = config.replace(init_seed=int(torch.randint(0, MAX_SEED, (1,), device="cpu").item()))
+            checked[name] = config.replace(init_seed=fresh_seed())
     picked: dict[str, list[str]] = {}
     for name, config in checked.items():
         everything = config.target_modules == "all-linear"

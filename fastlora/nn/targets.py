@@ -14,13 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.config import LoraConfig
+from fastlora.config import SEED_END, LoraConfig
 from fastlora.errors import ConfigError
 from fastlora.nn.adapted import AdaptedLinear
 
 _OTHER_QUANTIZED = ("8bit", "GPTQ", "AWQ", "HQQ", "WQLinear", "QuantLinear")
 _CLASSIFICATION_HEADS = ("score", "classifier")
-MAX_SEED = 2**63 - 1
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -178,10 +177,10 @@ def config_for(name: str, config: LoraConfig) -> LoraConfig:
     """`config` with the rank, alpha and seed of one module; every module gets its own seed from the config's."""
     r = by_pattern(config.rank_pattern, name, config.r)
     alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-    seed = None if config.init_seed is None else (config.init_seed + zlib.crc32(name.encode())) % MAX_SEED
+    seed = None if config.init_seed is None else (config.init_seed + zlib.crc32(name.encode())) % SEED_END
     return config.replace(r=r, lora_alpha=alpha, init_seed=seed)
 
 
 def model_seed(name: str, seed: int) -> int:
     """The config's seed from that of one module: the inverse of what `config_for` does to it."""
-    return (seed - zlib.crc32(name.encode())) % MAX_SEED
+    return (seed - zlib.crc32(name.encode())) % SEED_END

@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlora import settings
+from fastlora.config import DORA_DROPOUT, SEED_END
 from fastlora.errors import DtypeError, ShapeError
 from fastlora.math.nf4 import PackedWeight
 from fastlora.ops.dora import dora_weight_norm
-from fastlora.ops.schema import SEED_MAX, flags_of
+from fastlora.ops.schema import flags_of
 from fastlora.problem import NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN
-
-DORA_DROPOUT = ("peft", "shared")
 
 
 class Call(NamedTuple):
@@ -120,14 +119,15 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.ops.fastlora.draw_seed(device)
 
 
-def _as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as the ops take it, int64 [1] on the device; None draws one."""
     if seed is None:
         return draw_seed(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise DtypeError(f"seed must be an int or a one-element int64 tensor, got {seed.dtype} {tuple(seed.shape)}")
         return seed.reshape(1).to(device)
-    if not 0 <= seed < SEED_MAX:
+    if not 0 <= seed < SEED_END:
         raise ShapeError(f"seed must be in [0, 2**63 - 1), got {seed}")
     return torch.tensor([seed], dtype=torch.int64, device=device)
 
@@ -189,7 +189,7 @@ def adapted_linear(
     a, b = a.contiguous(), b.contiguous()
     x2d = x.reshape(-1, k).contiguous()
     dropout = dropout_p > 0.0
-    seed_tensor = _as_seed(seed, x.device) if dropout else None
+    seed_tensor = as_seed(seed, x.device) if dropout else None
     norm = None
     if magnitude is not None:
         norm = dora_weight_norm(weight if norm_weight is None else norm_weight, a, b, scale, backend=backend)

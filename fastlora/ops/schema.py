@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastlora import backends
+from fastlora.config import SEED_END
 from fastlora.dispatch import registry
 from fastlora.math.nf4 import PackedWeight
 from fastlora.problem import (
@@ -44,7 +45,6 @@ from fastlora.problem import (
 )
 
 LIBRARY = torch.library.Library("fastlora", "DEF")
-SEED_MAX = 2**63 - 1
 
 # The arguments that make up a 4-bit weight, in every op's signature.
 _PACKED = (
@@ -171,7 +171,7 @@ def _(*args: Any, out: Tensor) -> None:
 
 @op("draw_seed(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 def _draw_seed(device: torch.device) -> Tensor:
-    return torch.randint(0, SEED_MAX, (1,), dtype=torch.int64, device=device)
+    return torch.randint(0, SEED_END, (1,), dtype=torch.int64, device=device)
 
 
 @fake("draw_seed")
