@@ -9,7 +9,7 @@
 
 namespace {
 
-enum { FEW = 8 };
+enum { FEW_OLD = 8 };
 enum Read { PACKED_F32, PACKED_PAIR, DENSE_F32, DENSE_BF16, DENSE_F16, DENSE_PAIR };
 
 FL_INLINE bool is_pair(int read) { return read == PACKED_PAIR || read == DENSE_PAIR; }
@@ -102,7 +102,7 @@ struct Skinny {
     // Whether rows are whole groups and whole blocks, and few tokens see no dropout.
     static bool fits(const Args& args) {
         const int64_t group = is_pair(read_of(args)) ? 64 : 32;
-        if (args.m > FEW || args.k % group || (args.flags & DROPOUT)) return false;
+        if (args.m > FEW_OLD || args.k % group || (args.flags & DROPOUT)) return false;
         return args.kind == DENSE || (args.k % args.blocksize == 0 && args.blocksize >= group);
     }
 
@@ -112,14 +112,14 @@ struct Skinny {
         Arena arena(base);
         natural = arena.take(args.dtype == F32 ? 0 : args.m * args.k);
         split = arena.take(read == PACKED_F32 ? args.m * args.k : 0);
-        scaled_h = arena.take(FEW * rank);
+        scaled_h = arena.take(FEW_OLD * rank);
         return arena.used;
     }
 
     int64_t carve_thread(float* base) {
         Arena arena(base);
         scales = arena.take(args.absmax_codes ? features * args.k / args.blocksize + 2 : 0);
-        out = arena.take(FEW * features);
+        out = arena.take(FEW_OLD * features);
         return arena.used;
     }
 

@@ -6,6 +6,8 @@
 #include "forward.h"
 #include "backward.h"
 #include "norm.h"
+#include "few.h"
+#include "few_bwd.h"
 #ifdef FL_AVX512
 #include "skinny.h"
 #endif
@@ -28,9 +30,15 @@ static void forward(Shared& s) {
     pairs(s.args) ? work<Forward<HAS_PAIR>>(s) : work<Forward<false>>(s);
 }
 static int64_t backward_floats(Shared& s) {
+    if (FewBackward<false>::fits(s.args))
+        return pairs(s.args) ? shared_floats<FewBackward<HAS_PAIR>>(s) : shared_floats<FewBackward<false>>(s);
     return pairs(s.args) ? shared_floats<Backward<HAS_PAIR>>(s) : shared_floats<Backward<false>>(s);
 }
-static void backward(Shared& s) { pairs(s.args) ? work<Backward<HAS_PAIR>>(s) : work<Backward<false>>(s); }
+static void backward(Shared& s) {
+    if (FewBackward<false>::fits(s.args))
+        return pairs(s.args) ? work<FewBackward<HAS_PAIR>>(s) : work<FewBackward<false>>(s);
+    pairs(s.args) ? work<Backward<HAS_PAIR>>(s) : work<Backward<false>>(s);
+}
 static int64_t norm_floats(Shared& s) { return shared_floats<Norm>(s); }
 static void norm(Shared& s) { work<Norm>(s); }
 
