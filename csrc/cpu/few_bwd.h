@@ -33,15 +33,17 @@ struct TileRows {
 // Codes of 32 columns a pair of vectors: even columns, odd columns.
 struct PackedRows {
     const uint8_t* packed;
-    int64_t bytes;
+    int64_t bytes, ahead;
     vf table;
-    PackedRows(const uint8_t* p, int64_t row_bytes, int64_t, const float* code)
-        : packed(p), bytes(row_bytes), table(_mm512_loadu_ps(code)) {}
+    PackedRows(const uint8_t* p, int64_t row_bytes, int64_t, int64_t next, const float* code)
+        : packed(p), bytes(row_bytes), ahead(next), table(_mm512_loadu_ps(code)) {}
     template <int V>
     FL_MEMBER void load(int64_t row, vf w[V]) const {
         FL_UNROLL
         for (int v = 0; v < V; v += 2) {
-            const __m512i nibbles = bytes_of(packed + row * bytes + v * 8);
+            const uint8_t* p = packed + row * bytes + v * 8;
+            if (!(v & 2)) _mm_prefetch((const char*)(p + ahead), _MM_HINT_T1);
+            const __m512i nibbles = bytes_of(p);
             w[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(nibbles, 4), table);
             w[v + 1] = _mm512_permutexvar_ps(nibbles, table);
         }
@@ -53,10 +55,10 @@ struct PackedRows {
 // dy). The permute reads index bits 0-4: with the table twice over, bit 4 does not matter.
 struct PackedPairs {
     const uint8_t* packed;
-    int64_t bytes, rows;
+    int64_t bytes, rows, ahead;
     __m512i table;
-    PackedPairs(const uint8_t* p, int64_t row_bytes, int64_t count, const float* code)
-        : packed(p), bytes(row_bytes), rows(count) {
+    PackedPairs(const uint8_t* p, int64_t row_bytes, int64_t count, int64_t next, const float* code)
+        : packed(p), bytes(row_bytes), rows(count), ahead(next) {
         const __m512i low = round_bf16(_mm512_loadu_ps(code));
         const __m256i half = _mm512_cvtepi32_epi16(low);
         table = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
@@ -65,6 +67,8 @@ struct PackedPairs {
     FL_MEMBER void load(int64_t unit, vf w[V]) const {
         const uint8_t* p = packed + 2 * unit * bytes;
         const uint8_t* q = p + (2 * unit + 1 < rows ? bytes : 0);
+        _mm_prefetch((const char*)(p + ahead), _MM_HINT_T1);
+        _mm_prefetch((const char*)(q + ahead), _MM_HINT_T1);
         FL_UNROLL
         for (int v = 0; v < V; v += 2) {
             const __m512i high = _mm512_slli_epi32(bytes_of(q + v * 8), 16);
@@ -316,10 +320,13 @@ struct FewBackward {
     void units_of(int64_t first, int64_t count, const float* scale) {
         for (int64_t t = 0; t < count; ++t) {
             const float* src = block + (first + t) * ROWS_FEW;
-            float scaled_row[ROWS_FEW], *dst = PAIR ? scaled_row : rows + t * ROWS_FEW;
-            for (int64_t i = 0; i < ROWS_FEW; i += W)
-                vstore(dst + i, scale ? vmul(vload(src + i), vload(scale + i)) : vload(src + i));
-            if (PAIR) from_f32(scaled_row, ROWS_FEW, rows + t * ROWS_FEW, BF16, 0);
+            float* dst = rows + t * ROWS_FEW;
+            for (int64_t i = 0; i < ROWS_FEW; i += 2 * W) {
+                vf low = vload(src + i), high = vload(src + i + W);
+                if (scale) low = vmul(low, vload(scale + i)), high = vmul(high, vload(scale + i + W));
+                if (PAIR) vstore(dst + i / 2, vpairs(low, high));
+                else vstore(dst + i, low), vstore(dst + i + W, high);
+            }
         }
     }
 
@@ -364,13 +371,11 @@ struct FewBackward {
 #ifdef FL_AVX512
         const int64_t bytes = args.k / 2;
         const uint8_t* first = args.packed + (n0 * args.k + k0) / 2;
+        const int64_t ahead = n0 + 2 * ROWS_FEW <= args.n ? ROWS_FEW * bytes : 0;
         scales_of_rows(n0, some, k0, count);
         for (int64_t k = 0; k < count; k += BLOCK_64) {
-            if (!(k & 127) && n0 + 2 * ROWS_FEW <= args.n)  // the next rows, one cache line of each
-                for (int64_t i = 0; i < ROWS_FEW; ++i)
-                    _mm_prefetch((const char*)(first + (ROWS_FEW + i) * bytes + k / 2), _MM_HINT_T0);
             typedef typename PackedOf<PAIR>::Rows Rows;
-            const Rows source(first + k / 2, bytes, some, code_of(args));
+            const Rows source(first + k / 2, bytes, some, ahead, code_of(args));
             for (int64_t i = 0; i < groups.count; ++i) {
                 units_of(groups.first(i), groups.size(i), scales_t + k / BLOCK_64 * ROWS_FEW);
                 add(source, some, i, BLOCK_64, c + k);

@@ -19,6 +19,7 @@ FL_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 FL_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 FL_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 FL_INLINE vf vdot(vf, vf, vf c) { return c; }
+FL_INLINE vf vpairs(vf low, vf) { return low; }
 FL_INLINE float vsum(vf v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

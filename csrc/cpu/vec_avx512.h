@@ -36,6 +36,16 @@ FL_INLINE vf vdot(vf a, vf b, vf c) {
 #endif
 }
 
+// 2 W numbers as bf16, to nearest even; denormals become 0, as the dot products read them.
+FL_INLINE vf vpairs(vf low, vf high) {
+#ifdef FL_BF16
+    return (vf)_mm512_cvtne2ps_pbh(high, low);
+#else
+    (void)high;
+    return low;
+#endif
+}
+
 FL_INLINE vf vload_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }

@@ -21,6 +21,7 @@ FL_INLINE vf vadd(vf a, vf b) { return a + b; }
 FL_INLINE vf vmul(vf a, vf b) { return a * b; }
 FL_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 FL_INLINE vf vdot(vf, vf, vf c) { return c; }
+FL_INLINE vf vpairs(vf low, vf) { return low; }
 FL_INLINE float vsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 FL_INLINE vf vload_bf16(const uint16_t* p) {
     return vf{bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
