@@ -73,6 +73,12 @@ FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, 
     span_table(table, packed, flat, count, dst);
 }
 
+enum { KEEP_BYTES = 16 };
+FL_INLINE void keep_bytes(uint64_t seed, uint32_t stream, uint64_t row, uint32_t group, uint32_t threshold,
+                          uint8_t* out) {
+    for (uint32_t i = 0; i < KEEP_BYTES; ++i) out[i] = fl_keep_bits(seed, stream, row, group + i, threshold);
+}
+
 }  // namespace
 
 #include "portable.h"
