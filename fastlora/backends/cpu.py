@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import _cpu_library
-from fastlora.dispatch.registry import Kernel, Limits, register
+from fastlora.dispatch.registry import ALL_FLAGS, Kernel, Limits, register
 from fastlora.errors import DtypeError
 from fastlora.math import philox
 from fastlora.math.nf4 import NESTED_BLOCKSIZE, PackedWeight
 from fastlora.problem import (
     DORA,
     DROPOUT,
+    LAZY_H,
     NEED_DA,
     NEED_DB,
     NEED_DBIAS,
@@ -335,6 +336,7 @@ _LAYER = Limits(
     dtypes=_FLOATS,
     adapter_dtypes=_FLOATS,
     formats=frozenset(_KINDS),
+    flags=ALL_FLAGS & ~LAZY_H,
     missing=_cpu_library.missing,
 )
 
