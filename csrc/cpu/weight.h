@@ -71,62 +71,72 @@ static void read_bf16(const Source& s, int64_t row, int64_t from, int64_t to, ui
     }
 }
 
-// Forward tile [rows][Tiled::LD] of w[n0 .. n0 + rows, from .. to); PAIR: bf16 pairs along k, an odd end padded with 0.
-template <bool PAIR>
-static void tile_fwd(const Source& s, int64_t n0, int64_t rows, int64_t from, int64_t to, float* dst) {
-    for (int64_t i = 0; i < rows; ++i, dst += Tiled<PAIR>::LD) {
-        if (!PAIR) {
-            read_f32(s, n0 + i, from, to, dst);
-            continue;
-        }
-        uint16_t* row = (uint16_t*)dst;
-        read_bf16(s, n0 + i, from, to, row);
-        if ((to - from) & 1) row[to - from] = 0;
-    }
+// Blocks do not cross the ends of rows, and a row starts on a whole byte of its own.
+FL_INLINE bool whole_rows(const Source& s) { return s.args.kind != DENSE && s.args.k % s.args.blocksize == 0; }
+
+// Rows [count][ld] of w[n0 .. n0 + count, from .. to) as they lie: fp32.
+static void tile_rows(const Source& s, int64_t n0, int64_t count, int64_t from, int64_t to, int64_t ld, float* dst) {
+    for (int64_t i = 0; i < count; ++i) read_f32(s, n0 + i, from, to, dst + i * ld);
 }
 
-#ifdef FL_AVX512
-// Two rows as pairs, where both have the same blocks and whole vectors.
-static void read_two_rows(const Source& s, int64_t n, int64_t k0, int64_t columns, uint32_t* dst) {
-    int64_t flat = n * s.args.k + k0;
-    const int64_t end = flat + columns, row_blocks = s.args.k >> s.shift;
-    while (flat < end) {
-        const int64_t block = flat >> s.shift, stop = min64(end, (block + 1) << s.shift);
-        const float* scale = s.scales + (block - s.first);
-        const uint8_t* packed = s.args.packed + (flat >> 1);
-        span_two_rows(s.codes, scale[0], scale[row_blocks], packed, packed + (s.args.k >> 1), stop - flat, dst);
-        dst += stop - flat;
-        flat = stop;
-    }
-}
-#endif
-
-// Backward tile [n units][stride] of w[n0 .. n1, k0 .. k0 + columns); PAIR: bf16 pairs along n, padded with 0.
+// Forward panel: units of k [from, to) by `lanes` rows of w from n0 on, [units][width]; PAIR: bf16 pairs along k, an odd
+// end padded with 0. Lanes beyond `lanes` hold anything finite. `rows` is scratch of PANEL x (DEPTH + 16) floats.
 template <bool PAIR>
-static void tile_bwd(const Source& s, int64_t n0, int64_t n1, int64_t k0, int64_t columns, int64_t stride, float* dst) {
-    uint16_t low[FEATURES_BWD], high[FEATURES_BWD];
+static void panel_fwd(const Source& s, int64_t n0, int64_t lanes, int64_t from, int64_t to, int64_t width, float* rows,
+                      float* dst) {
 #ifdef FL_AVX512
-    const bool whole = PAIR && s.args.kind != DENSE && s.args.k % s.args.blocksize == 0 && (k0 | columns) % 32 == 0;
-#else
-    const bool whole = false;
+    if (whole_rows(s) && ((from | to) & 7) == 0) {
+        for (int64_t i = 0; i < lanes; i += W)
+            decode_transposed<PAIR>(s.codes, s.scales - s.first, s.shift, s.args.packed, s.args.k, n0 + i,
+                                    min64(W, lanes - i), from, to, dst + i, width);
+        return;
+    }
 #endif
-    for (int64_t n = n0; n < n1; n += 1 + PAIR, dst += stride) {
+    enum { LD = DEPTH + 16 };
+    for (int64_t i = 0; i < lanes; ++i) {
+        float* row = rows + i * LD;
         if (!PAIR) {
-            read_f32(s, n, k0, k0 + columns, dst);
+            read_f32(s, n0 + i, from, to, row);
             continue;
         }
+        read_bf16(s, n0 + i, from, to, (uint16_t*)row);
+        if ((to - from) & 1) ((uint16_t*)row)[to - from] = 0;
+    }
+    transpose(rows, lanes, PAIR ? (to - from + 1) / 2 : to - from, LD, dst, width);
+}
+
+// Backward panel: rows n0 .. n1 of w by columns [k0, k0 + lanes), [units][width]; PAIR: bf16 pairs along n, padded with 0.
+template <bool PAIR>
+static void panel_bwd(const Source& s, int64_t n0, int64_t n1, int64_t k0, int64_t lanes, int64_t width, float* dst) {
+    uint16_t low[PANEL], high[PANEL];
 #ifdef FL_AVX512
-        if (whole && n + 1 < n1) {
-            read_two_rows(s, n, k0, columns, (uint32_t*)dst);
+    const bool whole = whole_rows(s) && ((k0 | lanes) & 31) == 0;
+    if (whole) {
+        const int64_t row_blocks = s.args.k >> s.shift;
+        const float* scales = s.scales - s.first;
+        for (; n0 + PAIR < n1; n0 += 1 + PAIR, dst += width)
+            for (int64_t j = 0; j < lanes;) {
+                const int64_t flat = n0 * s.args.k + k0 + j, block = flat >> s.shift;
+                const int64_t count = min64(lanes - j, ((block + 1) << s.shift) - flat);
+                const uint8_t* packed = s.args.packed + (flat >> 1);
+                if (PAIR)
+                    span_two_rows(s.codes, scales[block], scales[block + row_blocks], packed,
+                                  packed + (s.args.k >> 1), count, (uint32_t*)dst + j);
+                else span_f32<false>(s.codes, scales[block], s.args.packed, flat, count, dst + j);
+                j += count;
+            }
+    }
+#endif
+    for (int64_t n = n0; n < n1; n += 1 + PAIR, dst += width) {
+        if (!PAIR) {
+            read_f32(s, n, k0, k0 + lanes, dst);
             continue;
         }
-#endif
-        read_bf16(s, n, k0, k0 + columns, low);
-        if (n + 1 < n1) read_bf16(s, n + 1, k0, k0 + columns, high);
+        read_bf16(s, n, k0, k0 + lanes, low);
+        if (n + 1 < n1) read_bf16(s, n + 1, k0, k0 + lanes, high);
         else memset(high, 0, sizeof high);
-        interleave_16(low, high, columns, (uint32_t*)dst);
+        interleave_16(low, high, lanes, (uint32_t*)dst);
     }
-    (void)whole;
 }
 
 }  // namespace
