@@ -121,8 +121,9 @@ __attribute__((visibility("hidden"))) float* fl_scratch(int slot, int64_t floats
         free(buffer.data);
         buffer.data = nullptr;
         buffer.floats = 0;
-        const size_t huge = 2u << 20, bytes = (size_t)(floats + 64) * 4;
-        const size_t align = bytes >= 2 * huge ? huge : 64;
+        // The matrix kernels walk through this memory at once: with small pages the TLB costs them up to a tenth.
+        const size_t huge = 2u << 20, wanted = (size_t)(floats + 64) * 4;
+        const size_t align = wanted >= huge / 16 ? huge : 64, bytes = (wanted + align - 1) / align * align;
         void* data = nullptr;
         if (posix_memalign(&data, align, bytes)) return nullptr;
 #if defined(MADV_HUGEPAGE)
@@ -130,7 +131,7 @@ __attribute__((visibility("hidden"))) float* fl_scratch(int slot, int64_t floats
 #endif
         memset(data, 0, bytes);  // padding rows are multiplied, never used: keep them from being denormal
         buffer.data = (float*)data;
-        buffer.floats = floats;
+        buffer.floats = (int64_t)(bytes / 4) - 64;
     }
     return buffer.data;
 }

@@ -126,15 +126,15 @@ struct Backward {
             for (int64_t j = 0; j < count; j += PANEL)
                 panel_bwd<PAIR>(source, n0, min64(args.n, n0 + steps * (1 + PAIR)), k0 + j, min64(PANEL, count - j),
                                 PANEL, tile + j * depth);
-            rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, PANEL, dy + unit, stride, steps, c1,
+            rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, dy + unit, stride, steps, c1,
                                   features, unit > 0);
             if (twice)
-                rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, PANEL, copy_drop + unit, stride, steps,
+                rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, copy_drop + unit, stride, steps,
                                       c2, features, unit > 0);
         }
-        for (int64_t j = 0; j < args.r; ++j) memcpy(a_rows + j * features, args.a + j * args.k + k0, (size_t)count * 4);
+        put_panels(args.a + k0, args.r, count, args.k, a_rows);
         if (args.r || (drop && !twice))
-            rows_times_tile<false>(chunk.count, count, a_rows, PANEL, features, scaled_g, rank, args.r, drop ? c2 : c1,
+            rows_times_tile<false>(chunk.count, count, a_rows, args.r * PANEL, scaled_g, rank, args.r, drop ? c2 : c1,
                                    features, !drop || twice);
         for (int64_t t = 0; t < chunk.count; ++t) finish_dx(chunk.first + t, c1 + t * features, c2 + t * features, k0, count);
     }

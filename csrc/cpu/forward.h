@@ -107,10 +107,10 @@ struct Forward {
             for (int64_t j = 0; j < count; j += PANEL)
                 panel_fwd<PAIR>(source, n0 + j, min64(PANEL, count - j), from,
                                 min64(args.k, from + steps * (1 + PAIR)), PANEL, turned, tile + j * depth);
-            rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, PANEL, x_rows(chunk) + unit, stride, steps,
+            rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, x_rows(chunk) + unit, stride, steps,
                                   c1, features, unit > 0);
             if (twice)
-                rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, PANEL, copy_drop + unit, stride, steps,
+                rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, copy_drop + unit, stride, steps,
                                       c2, features, unit > 0);
         }
     }
@@ -119,10 +119,11 @@ struct Forward {
         if (twice)
             for (int64_t i = 0; i < chunk.count * features; ++i) c2[i] *= (float)args.keep_scale;
         if (!args.r) return;
-        transpose(args.b + n0 * args.r, count, args.r, args.r, b_t, features);
-        rows_times_tile<false>(chunk.count, count, b_t, PANEL, features, scaled_h, rank, args.r, c1, features, true);
+        for (int64_t j = 0; j < count; j += PANEL)
+            transpose(args.b + (n0 + j) * args.r, min64(PANEL, count - j), args.r, args.r, b_t + j * args.r, PANEL);
+        rows_times_tile<false>(chunk.count, count, b_t, args.r * PANEL, scaled_h, rank, args.r, c1, features, true);
         if (twice)
-            rows_times_tile<false>(chunk.count, count, b_t, PANEL, features, scaled_h, rank, args.r, c2, features, true);
+            rows_times_tile<false>(chunk.count, count, b_t, args.r * PANEL, scaled_h, rank, args.r, c2, features, true);
     }
 
     void finish(const Chunk& chunk, int64_t n0, int64_t count) {

@@ -17,15 +17,14 @@ enum {
 
 // R rows and T vectors of lanes; element (i, d) of x is x[i * ldx + d]. C is overwritten unless `add`.
 template <int R, int T, bool PAIR>
-static void micro(const float* p, int64_t ldp, const float* x, int64_t ldx, int64_t depth, float* c, int64_t ldc,
-                  bool add) {
+static void micro(const float* p, const float* x, int64_t ldx, int64_t depth, float* c, int64_t ldc, bool add) {
     vf acc[R][T];
     FL_UNROLL
     for (int i = 0; i < R; ++i) {
         FL_UNROLL
         for (int j = 0; j < T; ++j) acc[i][j] = vzero();
     }
-    for (int64_t d = 0; d < depth; ++d, p += ldp, ++x) {
+    for (const float* end = x + depth; x != end; ++x, p += PANEL) {
         vf w[T];
         FL_UNROLL
         for (int j = 0; j < T; ++j) w[j] = vload(p + j * W);
@@ -36,61 +35,66 @@ static void micro(const float* p, int64_t ldp, const float* x, int64_t ldx, int6
             for (int j = 0; j < T; ++j) acc[i][j] = PAIR ? vdot(w[j], s, acc[i][j]) : vfma(w[j], s, acc[i][j]);
         }
     }
-    FL_UNROLL
-    for (int i = 0; i < R; ++i) {
+    if (add) {
+        float* from = c;
         FL_UNROLL
-        for (int j = 0; j < T; ++j) {
-            float* to = c + i * ldc + j * W;
-            vstore(to, add ? vadd(vload(to), acc[i][j]) : acc[i][j]);
+        for (int i = 0; i < R; ++i, from += ldc) {
+            FL_UNROLL
+            for (int j = 0; j < T; ++j) acc[i][j] = vadd(vload(from + j * W), acc[i][j]);
         }
+    }
+    FL_UNROLL
+    for (int i = 0; i < R; ++i, c += ldc) {
+        FL_UNROLL
+        for (int j = 0; j < T; ++j) vstore(c + j * W, acc[i][j]);
     }
 }
 
 template <int R, bool PAIR>
-FL_INLINE void micro_wide(int64_t vectors, const float* p, int64_t ldp, const float* x, int64_t ldx, int64_t depth,
-                          float* c, int64_t ldc, bool add) {
+FL_INLINE void micro_wide(int64_t vectors, const float* p, const float* x, int64_t ldx, int64_t depth, float* c,
+                          int64_t ldc, bool add) {
     switch (vectors) {
         case 1:
-            return micro<R, 1, PAIR>(p, ldp, x, ldx, depth, c, ldc, add);
+            return micro<R, 1, PAIR>(p, x, ldx, depth, c, ldc, add);
         case 2:
-            if constexpr (TILE_VECTORS > 2) return micro<R, 2, PAIR>(p, ldp, x, ldx, depth, c, ldc, add);
+            if constexpr (TILE_VECTORS > 2) return micro<R, 2, PAIR>(p, x, ldx, depth, c, ldc, add);
         case 3:
-            if constexpr (TILE_VECTORS > 3) return micro<R, 3, PAIR>(p, ldp, x, ldx, depth, c, ldc, add);
+            if constexpr (TILE_VECTORS > 3) return micro<R, 3, PAIR>(p, x, ldx, depth, c, ldc, add);
         default:
-            return micro<R, TILE_VECTORS, PAIR>(p, ldp, x, ldx, depth, c, ldc, add);
+            return micro<R, TILE_VECTORS, PAIR>(p, x, ldx, depth, c, ldc, add);
     }
 }
 
 // `rows` rows of x, at most TILE_ROWS, with one panel of `vectors` vectors.
 template <bool PAIR>
-static void rows_times_panel(int64_t rows, int64_t vectors, const float* p, int64_t ldp, const float* x, int64_t ldx,
-                             int64_t depth, float* c, int64_t ldc, bool add) {
+static void rows_times_panel(int64_t rows, int64_t vectors, const float* p, const float* x, int64_t ldx, int64_t depth,
+                             float* c, int64_t ldc, bool add) {
     switch (rows) {
         case 1:
-            return micro_wide<1, PAIR>(vectors, p, ldp, x, ldx, depth, c, ldc, add);
+            return micro_wide<1, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
         case 2:
-            return micro_wide<2, PAIR>(vectors, p, ldp, x, ldx, depth, c, ldc, add);
+            return micro_wide<2, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
         case 3:
-            return micro_wide<3, PAIR>(vectors, p, ldp, x, ldx, depth, c, ldc, add);
+            return micro_wide<3, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
         case 4:
-            if constexpr (TILE_ROWS > 4) return micro_wide<4, PAIR>(vectors, p, ldp, x, ldx, depth, c, ldc, add);
+            if constexpr (TILE_ROWS > 4) return micro_wide<4, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
         case 5:
-            if constexpr (TILE_ROWS > 5) return micro_wide<5, PAIR>(vectors, p, ldp, x, ldx, depth, c, ldc, add);
+            if constexpr (TILE_ROWS > 5) return micro_wide<5, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
         default:
-            return micro_wide<TILE_ROWS, PAIR>(vectors, p, ldp, x, ldx, depth, c, ldc, add);
+            return micro_wide<TILE_ROWS, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
     }
 }
 
 FL_INLINE int64_t vectors_of(int64_t lanes) { return ceil_div(min64(lanes, PANEL), W); }
 
-// A tile of `lanes` columns, cut into panels: panel i starts at p + i * step_p and has rows of step ldp.
+// A tile of `lanes` columns: panel j of [depth][PANEL] starts at p + j * step.
 template <bool PAIR>
-static void rows_times_tile(int64_t rows, int64_t lanes, const float* p, int64_t step_p, int64_t ldp, const float* x,
-                            int64_t ldx, int64_t depth, float* c, int64_t ldc, bool add) {
+static void rows_times_tile(int64_t rows, int64_t lanes, const float* p, int64_t step, const float* x, int64_t ldx,
+                            int64_t depth, float* c, int64_t ldc, bool add) {
     for (int64_t t = 0; t < rows; t += TILE_ROWS)
         for (int64_t j = 0; j < lanes; j += PANEL)
-            rows_times_panel<PAIR>(min64(TILE_ROWS, rows - t), vectors_of(lanes - j), p + j / PANEL * step_p, ldp,
-                                   x + t * ldx, ldx, depth, c + t * ldc + j, ldc, add);
+            rows_times_panel<PAIR>(min64(TILE_ROWS, rows - t), vectors_of(lanes - j), p + j / PANEL * step, x + t * ldx,
+                                   ldx, depth, c + t * ldc + j, ldc, add);
 }
 
 // --- sums of an adapter ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ struct Norm {
     const Args& args;
     Shared& shared;
     const int64_t stride, features;
-    float* a_rows;               // shared [r][stride]
+    float* a_rows;               // shared, panels [r][PANEL]
     float *tile, *b_rows, *scales;  // one thread's
 
     enum { LD = DEPTH + 16, ROWS = 4 * TILE_ROWS };  // columns and rows of a tile; rows do not share cache sets
@@ -40,7 +40,7 @@ struct Norm {
             tile_rows(source, n0, count, k0, k0 + depth, LD, tile);
             for (int64_t i = 0; i < count && depth < wide; ++i)
                 memset(tile + i * LD + depth, 0, (size_t)(wide - depth) * 4);
-            rows_times_tile<false>(count, wide, a_rows + k0, PANEL, stride, b_rows, args.r, args.r, tile, LD, true);
+            rows_times_tile<false>(count, wide, a_rows + k0 * args.r, args.r * PANEL, b_rows, args.r, args.r, tile, LD, true);
             for (int64_t i = 0; i < count; ++i) {
                 vf sum = vzero();
                 for (int64_t j = 0; j < wide; j += W) {
@@ -55,10 +55,8 @@ struct Norm {
 
     void run() {
         int64_t* counter = shared.counters;
-        for (int64_t j; (j = next_piece(counter)) < args.r;) {
-            memcpy(a_rows + j * stride, args.a + j * args.k, (size_t)args.k * 4);
-            memset(a_rows + j * stride + args.k, 0, (size_t)(stride - args.k) * 4);
-        }
+        for (int64_t i; (i = next_piece(counter) * DEPTH) < args.k;)
+            put_panels(args.a + i, args.r, min64(DEPTH, args.k - i), args.k, a_rows + i * args.r);
         team_barrier(args);
         for (int64_t i; (i = next_piece(counter + 1) * features) < args.n;) rows(i, min64(features, args.n - i));
     }

@@ -64,6 +64,17 @@ static void put_row(const float* src, int64_t count, float* dst) {
     if (count & 1) ((uint16_t*)dst)[count] = 0;
 }
 
+// Rows [rows][count] of stride ld -> panels [rows][PANEL] side by side, the last one padded with 0.
+static void put_panels(const float* src, int64_t rows, int64_t count, int64_t ld, float* dst) {
+    for (int64_t j = 0; j < count; j += PANEL) {
+        const int64_t here = min64(PANEL, count - j);
+        for (int64_t i = 0; i < rows; ++i, dst += PANEL) {
+            memcpy(dst, src + i * ld + j, (size_t)here * 4);
+            memset(dst + here, 0, (size_t)(PANEL - here) * 4);
+        }
+    }
+}
+
 // src [rows][columns] -> dst [columns][padded], the padding 0; columns first .. last - 1.
 static void transpose_padded(const float* src, int64_t rows, int64_t columns, int64_t padded, int64_t first,
                              int64_t last, float* dst) {
