@@ -105,7 +105,7 @@ struct Backward {
             const int64_t count = min64(DEPTH, args.n - n0);
             const float* dy = (const float*)args.dy + row0 * args.n + n0;
             int64_t ld = args.n;
-            if (args.dtype != F32 || dora) {
+            if (args.dtype != F32 || dora || crowded(args.n)) {
                 for (int64_t t = 0; t < tokens; ++t)
                     take_row(row0 + t, t0 + t, n0, count, rows + t * DEPTH, rows + (PIECE + t) * DEPTH);
                 dy = rows, ld = DEPTH;
@@ -150,8 +150,11 @@ struct Backward {
     // Tokens [m0, m0 + depth) by columns [from, from + count) of x or dy in groups of W lanes: [LANES / W][DEPTH][W].
     void take_lanes(const void* src, int64_t columns, int64_t m0, int64_t tokens, int64_t from, int64_t count,
                     const uint8_t* mask) {
+        enum { AHEAD = 8 };  // rows: each is a stretch of its own, too short for the hardware to foresee
         float row[LANES] = {};
         for (int64_t t = 0; t < tokens; ++t) {
+            const char* ahead = (const char*)at(src, args.dtype, (m0 + t + AHEAD) * columns + from);
+            for (int64_t i = 0; i < count * item_size(args.dtype); i += 64) __builtin_prefetch(ahead + i);
             to_f32(src, args.dtype, (m0 + t) * columns + from, count, row);
             if (mask) apply_mask(row, mask + (m0 + t) * ceil_div(columns, 8), from, count, row);
             for (int64_t j = 0; j < count; j += W) vstore(lanes + j * DEPTH + t * W, vload(row + j));

@@ -79,7 +79,7 @@ struct Forward {
             const int64_t count = min64(DEPTH, args.k - k0), unit = PAIR ? k0 / 2 : k0;
             const float* x = (const float*)args.x + row0 * args.k + k0;
             int64_t ldx = args.k;
-            if (args.dtype != F32 || drop) {
+            if (args.dtype != F32 || drop || crowded(args.k)) {
                 for (int64_t t = 0; t < tokens; ++t) {
                     float* row = rows + t * DEPTH;
                     to_f32(args.x, args.dtype, (row0 + t) * args.k + k0, count, row);

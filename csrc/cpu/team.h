@@ -18,7 +18,7 @@ struct Arena {
 };
 
 // Tokens of one pass over the weight: bounds the scratch of a tile. PIECE: tokens one thread prepares at a time.
-enum { CHUNK = 512, PIECE = 2 * ADAPTER_ROWS };
+enum { CHUNK = 512, PIECE = ADAPTER_ROWS };
 
 struct Chunk {
     int64_t first, count;  // token rows
@@ -50,6 +50,8 @@ template <bool PAIR>
 FL_INLINE bool readable(int64_t dtype, int64_t columns) {
     return PAIR ? columns % 2 == 0 : dtype == F32;
 }
+// Rows of so many floats share so few cache sets that ADAPTER_ROWS of them push each other out.
+FL_INLINE bool crowded(int64_t columns) { return columns % 1024 == 0; }
 // Row stride of a copy: not a power of two, so that rows do not share cache sets.
 FL_INLINE int64_t padded_units(int64_t units) { return round_up(units, 16) + 16; }
 

@@ -57,8 +57,13 @@ FL_INLINE __m512i round_bf16(vf v) {
     return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 FL_INLINE __m256i round_f16(vf v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// Where the CPU converts, a denormal becomes 0, as in its dot products.
 FL_INLINE void vstore_bf16(uint16_t* p, vf v) {
+#ifdef FL_BF16
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+#else
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round_bf16(v)));
+#endif
 }
 FL_INLINE void vstore_f16(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, round_f16(v)); }
 
@@ -239,17 +244,19 @@ FL_INLINE void decode_transposed(const Codes& codes, const float* scales, int sh
                                  int64_t row, int64_t rows, int64_t from, int64_t to, float* dst, int64_t ld) {
     alignas(64) float turned[16 * 16];
     alignas(64) float scale_of[16];
+    const int64_t row_blocks = k >> shift, bytes = k >> 1;
     for (int64_t column = from; column < to; column += 128) {
         const int64_t words = (to - column >= 128 ? 128 : to - column) >> 3;
-        const __mmask16 some = (__mmask16)((1u << words) - 1);
-        turn_words(packed + ((row * k + column) >> 1), k >> 1, rows, some, turned);
+        const uint8_t* src = packed + row * bytes + (column >> 1);
+        turn_words(src, bytes, rows, (__mmask16)((1u << words) - 1), turned);
+        for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(src + i * bytes + 128);
         int64_t known = -1;
         vf absmax = vzero();
         for (int64_t word = 0; word < words; ++word) {
             const int64_t block = (column + 8 * word) >> shift;
             if (block != known) {
-                for (int64_t i = 0; i < 16; ++i)
-                    scale_of[i] = scales[(((row + (i < rows ? i : rows - 1)) * k) >> shift) + block];
+                const float* scale = scales + row * row_blocks + block;
+                for (int64_t i = 0; i < 16; ++i, scale += i < rows ? row_blocks : 0) scale_of[i] = *scale;
                 absmax = _mm512_load_ps(scale_of);
                 known = block;
             }

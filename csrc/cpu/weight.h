@@ -110,21 +110,28 @@ template <bool PAIR>
 static void panel_bwd(const Source& s, int64_t n0, int64_t n1, int64_t k0, int64_t lanes, int64_t width, float* dst) {
     uint16_t low[PANEL], high[PANEL];
 #ifdef FL_AVX512
-    const bool whole = whole_rows(s) && ((k0 | lanes) & 31) == 0;
-    if (whole) {
-        const int64_t row_blocks = s.args.k >> s.shift;
-        const float* scales = s.scales - s.first;
-        for (; n0 + PAIR < n1; n0 += 1 + PAIR, dst += width)
+    if (whole_rows(s) && ((k0 | lanes) & 31) == 0) {
+        enum { AHEAD = 16 };  // rows: each is another line, too far apart for the hardware to foresee
+        const int64_t bytes = s.args.k >> 1, row_blocks = s.args.k >> s.shift;
+        const uint8_t* packed = s.args.packed + n0 * bytes + (k0 >> 1);
+        const float* scales = s.scales - s.first + n0 * row_blocks;
+        for (; n0 + PAIR < n1; n0 += 1 + PAIR, dst += width) {
             for (int64_t j = 0; j < lanes;) {
-                const int64_t flat = n0 * s.args.k + k0 + j, block = flat >> s.shift;
-                const int64_t count = min64(lanes - j, ((block + 1) << s.shift) - flat);
-                const uint8_t* packed = s.args.packed + (flat >> 1);
-                if (PAIR)
-                    span_two_rows(s.codes, scales[block], scales[block + row_blocks], packed,
-                                  packed + (s.args.k >> 1), count, (uint32_t*)dst + j);
-                else span_f32<false>(s.codes, scales[block], s.args.packed, flat, count, dst + j);
+                const int64_t block = (k0 + j) >> s.shift, count = min64(lanes, ((block + 1) << s.shift) - k0) - j;
+                const uint8_t* p = packed + (j >> 1);
+                __builtin_prefetch(p + AHEAD * bytes);
+                if (PAIR) {
+                    __builtin_prefetch(p + (AHEAD + 1) * bytes);
+                    span_two_rows(s.codes, scales[block], scales[block + row_blocks], p, p + bytes, count,
+                                  (uint32_t*)dst + j);
+                } else {
+                    span_f32<false>(s.codes, scales[block], p, 0, count, dst + j);
+                }
                 j += count;
             }
+            packed += (1 + PAIR) * bytes;
+            scales += (1 + PAIR) * row_blocks;
+        }
     }
 #endif
     for (int64_t n = n0; n < n1; n += 1 + PAIR, dst += width) {
