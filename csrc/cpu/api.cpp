@@ -17,7 +17,8 @@ namespace {
 
 struct Buffer {
     float* data = nullptr;
-    int64_t floats = 0;
+    int64_t floats = 0;  // it can hold
+    int64_t asked = 0;   // at most, so far
     ~Buffer() { free(data); }
 };
 thread_local Buffer buffers[SCRATCH_SLOTS];
@@ -117,6 +118,7 @@ int64_t run_team(const Args* given, Phased Tier::*op, double units) {
 
 __attribute__((visibility("hidden"))) float* fl_scratch(int slot, int64_t floats) {
     Buffer& buffer = buffers[slot];
+    if (floats > buffer.asked) buffer.asked = floats;
     if (buffer.floats < floats || !buffer.data) {
         free(buffer.data);
         buffer.data = nullptr;
@@ -138,6 +140,14 @@ __attribute__((visibility("hidden"))) float* fl_scratch(int slot, int64_t floats
 
 FL_API int64_t fl_abi_version() { return FL_ABI_VERSION; }
 FL_API int64_t fl_args_bytes() { return (int64_t)sizeof(Args); }
+
+// The most scratch that calls from this thread have asked for, shared and its own. Large buffers are rounded up to
+// pages of 2 MiB on top.
+FL_API int64_t fl_scratch_bytes() {
+    int64_t bytes = 0;
+    for (const Buffer& buffer : buffers) bytes += buffer.asked * 4;
+    return bytes;
+}
 
 // 1 if this CPU can run the tier and the library holds it.
 FL_API int64_t fl_has_tier(int64_t tier) { return cpu_has(tier) && compiled(tier) != nullptr; }

@@ -136,7 +136,8 @@ struct Backward {
         if (args.r || (drop && !twice))
             rows_times_tile<false>(chunk.count, count, a_rows, args.r * PANEL, scaled_g, rank, args.r, drop ? c2 : c1,
                                    features, !drop || twice);
-        for (int64_t t = 0; t < chunk.count; ++t) finish_dx(chunk.first + t, c1 + t * features, c2 + t * features, k0, count);
+        for (int64_t t = 0; t < chunk.count; ++t)
+            finish_dx(chunk.first + t, c1 + t * features, c2 + t * features, k0, count);
     }
 
     void finish_dx(int64_t row, float* dx, float* masked, int64_t k0, int64_t count) {

@@ -1,8 +1,8 @@
-// The matrix kernels. Lanes run over a panel of up to PANEL columns of a decoded weight tile; rows are tokens, read where
-// they lie and broadcast, so neither operand nor result is transposed or packed:
+// The matrix kernels. Lanes run over a panel of up to PANEL columns of a decoded weight tile; rows are tokens, read
+// where they lie and broadcast, so neither the activations nor the result are transposed or packed:
 //     C[token][lane] (+)= sum_d x[token][d] * P[d][lane]
-// PAIR: x and P hold two bf16 a 32-bit unit and d counts units. Every call sums its own steps from zero and adds them to
-// C once: a long reduction in blocks of DEPTH keeps its error near that of one block.
+// PAIR: x and P hold two bf16 a 32-bit unit and d counts units. Every call sums its own steps from zero and adds them
+// to C once: a long reduction in blocks of DEPTH keeps its error near that of one block.
 #ifndef FASTLORA_CPU_GEMM_H
 #define FASTLORA_CPU_GEMM_H
 
@@ -99,8 +99,8 @@ static void rows_times_tile(int64_t rows, int64_t lanes, const float* p, int64_t
 
 // --- sums of an adapter ----------------------------------------------------------------------------------------------
 
-// C[i][lane] += sum_d P[d][lane] * x[i * row + d * step], fp32. h and g are small sums of long rows that cancel: summing
-// SHORT steps, then those sums, then the calls (of DEPTH steps or so) keeps them as exact as a wide dot product.
+// C[i][lane] += sum_d P[d][lane] * x[i * row + d * step], fp32. h and g are small sums of long rows that cancel:
+// summing SHORT steps, then those sums, then the calls (of DEPTH steps) keeps them as exact as a wide dot product.
 template <int R, int T>
 static void short_sums(const float* p, int64_t ldp, const float* x, int64_t row, int64_t step, int64_t depth, float* c,
                        int64_t ldc) {
@@ -163,7 +163,8 @@ static void rows_times_rank(int64_t rows, int64_t lanes, const float* p, int64_t
     short_sums_while<1, 1>(t, rows, p + j, ldp, x, ldx, depth, c + j, ldc);
 }
 
-// C[rank][LANES] += sum over tokens of x[token][rank] (row stride ldx) and P, cut into groups of W lanes: [LANES / W][DEPTH][W].
+// C[rank][LANES] += sum over tokens of x[token][rank] (row stride ldx) times P, which lies in groups of W lanes:
+// [LANES / W][DEPTH][W].
 static void rank_times_lanes(int64_t rank, int64_t lanes, const float* p, const float* x, int64_t ldx, int64_t tokens,
                              float* c) {
     for (int64_t j = 0; j < lanes; j += W)
@@ -201,7 +202,8 @@ static void from_f32(const float* src, int64_t count, void* dst, int64_t dtype, 
     for (; i < count; ++i) from_f32_one(src[i], p, dtype, i);
 }
 
-// dst[i] = the mask's bit `from + i` ? src[i] : 0; `bits` is the row's first byte, `from` a multiple of 8. src may be dst.
+// dst[i] = the mask's bit `from + i` ? src[i] : 0; `bits` is the row's first byte, `from` a multiple of 8; src may be
+// dst.
 static void apply_mask(const float* src, const uint8_t* bits, int64_t from, int64_t count, float* dst) {
     int64_t i = 0;
     bits += from >> 3;
@@ -215,7 +217,10 @@ static void transpose(const float* src, int64_t rows, int64_t columns, int64_t l
 #ifdef FL_AVX512
     whole_rows = rows & ~(int64_t)15, whole_columns = columns & ~(int64_t)15;
     for (int64_t j = 0; j < whole_columns; j += 16)
-        for (int64_t i = 0; i < whole_rows; i += 16) transpose_block(src + i * ld + j, ld, dst + j * ldd + i, ldd);
+        for (int64_t i = 0; i < whole_rows; i += 16) {
+            for (int64_t row = i; row < i + 16; ++row) __builtin_prefetch(src + row * ld + j + 32);
+            transpose_block(src + i * ld + j, ld, dst + j * ldd + i, ldd);
+        }
 #endif
     for (int64_t j = 0; j < columns; ++j)
         for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) dst[j * ldd + i] = src[i * ld + j];

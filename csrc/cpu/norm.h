@@ -40,7 +40,8 @@ struct Norm {
             tile_rows(source, n0, count, k0, k0 + depth, LD, tile);
             for (int64_t i = 0; i < count && depth < wide; ++i)
                 memset(tile + i * LD + depth, 0, (size_t)(wide - depth) * 4);
-            rows_times_tile<false>(count, wide, a_rows + k0 * args.r, args.r * PANEL, b_rows, args.r, args.r, tile, LD, true);
+            rows_times_tile<false>(count, wide, a_rows + k0 * args.r, args.r * PANEL, b_rows, args.r, args.r, tile,
+                                   LD, true);
             for (int64_t i = 0; i < count; ++i) {
                 vf sum = vzero();
                 for (int64_t j = 0; j < wide; j += W) {

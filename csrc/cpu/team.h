@@ -45,7 +45,7 @@ FL_INLINE int64_t depth_of(int64_t total) {
     return max64(32, min64(DEPTH, round_up(ceil_div(total, ceil_div(max64(total, 1), DEPTH)), 32)));
 }
 
-// Rows as the matrix kernels read them: 4-byte units, fp32 or (PAIR) two bf16. They lie there already, or a copy is made.
+// Rows as the matrix kernels read them: 4-byte units, fp32 or (PAIR) two bf16. Either they lie there or a copy is made.
 template <bool PAIR>
 FL_INLINE bool readable(int64_t dtype, int64_t columns) {
     return PAIR ? columns % 2 == 0 : dtype == F32;

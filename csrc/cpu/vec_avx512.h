@@ -183,9 +183,9 @@ FL_INLINE __m512i pair_table(vf table) {
 FL_INLINE __m512i as_pairs(vf even, vf odd) {
 #ifdef FL_BF16
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    const __m512i order = _mm512_or_si512(_mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
-                                                                              13, 14, 15), _mm512_set1_epi32(0x10001)),
-                                          _mm512_set1_epi32(16 << 16));
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i other = _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16);
+    const __m512i order = _mm512_or_si512(lane, other);
     return _mm512_permutexvar_epi16(order, both);
 #else
     return _mm512_or_si512(round_bf16(even), _mm512_slli_epi32(round_bf16(odd), 16));
@@ -236,9 +236,10 @@ FL_INLINE void span_two_rows(const Codes& codes, float absmax0, float absmax1, c
     }
 }
 
-// Columns [from, to) (multiples of 8) of `rows` <= 16 rows of w as lanes: dst[(column - from) * ld + row], or PAIR: bf16
-// pairs of columns. Rows have k columns in whole blocks of 1 << shift. Four bytes of each row are turned at a time; the
-// eight nibbles then come out by shifts, and the products are those of a scaled table. Rows beyond `rows` repeat the last.
+// Columns [from, to) (multiples of 8) of `rows` <= 16 rows of w as lanes: dst[(column - from) * ld + row], or PAIR:
+// bf16 pairs of columns. Rows have k columns in whole blocks of 1 << shift. Four bytes of each row are turned at a
+// time; the eight nibbles then come out by shifts, and the products are those of a scaled table. Rows beyond `rows`
+// repeat the last.
 template <bool PAIR>
 FL_INLINE void decode_transposed(const Codes& codes, const float* scales, int shift, const uint8_t* packed, int64_t k,
                                  int64_t row, int64_t rows, int64_t from, int64_t to, float* dst, int64_t ld) {

@@ -79,7 +79,8 @@ static void tile_rows(const Source& s, int64_t n0, int64_t count, int64_t from, 
     for (int64_t i = 0; i < count; ++i) read_f32(s, n0 + i, from, to, dst + i * ld);
 }
 
-// Forward panel: units of k [from, to) by `lanes` rows of w from n0 on, [units][width]; PAIR: bf16 pairs along k, an odd
+// Forward panel: units of k [from, to) by `lanes` rows of w from n0 on, [units][width]; PAIR: bf16 pairs along k, an
+// odd
 // end padded with 0. Lanes beyond `lanes` hold anything finite. `rows` is scratch of PANEL x (DEPTH + 16) floats.
 template <bool PAIR>
 static void panel_fwd(const Source& s, int64_t n0, int64_t lanes, int64_t from, int64_t to, int64_t width, float* rows,
@@ -92,6 +93,12 @@ static void panel_fwd(const Source& s, int64_t n0, int64_t lanes, int64_t from, 
         return;
     }
 #endif
+    const int64_t units = PAIR ? (to - from + 1) / 2 : to - from;
+    if (s.args.kind == DENSE && (PAIR ? s.args.k % 2 == 0 : s.args.dtype == F32)) {  // 4-byte units where they lie
+        const int64_t ld = PAIR ? s.args.k / 2 : s.args.k;
+        transpose((const float*)s.args.dense + n0 * ld + from / (1 + PAIR), lanes, units, ld, dst, width);
+        return;
+    }
     enum { LD = DEPTH + 16 };
     for (int64_t i = 0; i < lanes; ++i) {
         float* row = rows + i * LD;
@@ -102,10 +109,11 @@ static void panel_fwd(const Source& s, int64_t n0, int64_t lanes, int64_t from, 
         read_bf16(s, n0 + i, from, to, (uint16_t*)row);
         if ((to - from) & 1) ((uint16_t*)row)[to - from] = 0;
     }
-    transpose(rows, lanes, PAIR ? (to - from + 1) / 2 : to - from, LD, dst, width);
+    transpose(rows, lanes, units, LD, dst, width);
 }
 
-// Backward panel: rows n0 .. n1 of w by columns [k0, k0 + lanes), [units][width]; PAIR: bf16 pairs along n, padded with 0.
+// Backward panel: rows n0 .. n1 of w by columns [k0, k0 + lanes), [units][width]; PAIR: bf16 pairs along n, padded with
+// 0.
 template <bool PAIR>
 static void panel_bwd(const Source& s, int64_t n0, int64_t n1, int64_t k0, int64_t lanes, int64_t width, float* dst) {
     uint16_t low[PANEL], high[PANEL];
@@ -136,7 +144,19 @@ static void panel_bwd(const Source& s, int64_t n0, int64_t n1, int64_t k0, int64
 #endif
     for (int64_t n = n0; n < n1; n += 1 + PAIR, dst += width) {
         if (!PAIR) {
+            if (s.args.kind == DENSE)
+                for (int64_t i = 0; i < lanes; i += 16)
+                    __builtin_prefetch(at(s.args.dense, s.args.dtype, (n + 16) * s.args.k + k0 + i));
             read_f32(s, n, k0, k0 + lanes, dst);
+            continue;
+        }
+        if (s.args.kind == DENSE && n + 1 < n1) {
+            const uint16_t* row = (const uint16_t*)s.args.dense + n * s.args.k + k0;
+            for (int64_t i = 0; i < lanes; i += 32) {
+                __builtin_prefetch(row + 16 * s.args.k + i);
+                __builtin_prefetch(row + 17 * s.args.k + i);
+            }
+            interleave_16(row, row + s.args.k, lanes, (uint32_t*)dst);
             continue;
         }
         read_bf16(s, n, k0, k0 + lanes, low);
