@@ -195,13 +195,22 @@ class Case:
     """Random operands of one problem, and the fp64 truth."""
 
     def __init__(
-        self, m: int, n: int, k: int, r: int, dtype: torch.dtype, fmt: str, flags: int, adapter: torch.dtype
+        self,
+        m: int,
+        n: int,
+        k: int,
+        r: int,
+        dtype: torch.dtype,
+        fmt: str,
+        flags: int,
+        adapter: torch.dtype,
+        blocksize: int = 32,
     ) -> None:
         self.x, self.dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
         dense = (torch.randn(n, k) / k**0.5).to(dtype)
         self.weight: Tensor | PackedWeight = dense
         if fmt != "dense":
-            self.weight = nf4.pack(dense, "fp4" if fmt == "fp4" else "nf4", 32, fmt == "nested")
+            self.weight = nf4.pack(dense, "fp4" if fmt == "fp4" else "nf4", blocksize, fmt == "nested")
             if fmt == "code":
                 self.weight = self.weight._replace(code=nf4.as_bytes(nf4.table("nf4") * 1.5))
             self.w = nf4.dequantize(self.weight, torch.float32).double()
@@ -215,7 +224,7 @@ class Case:
         self.norm = reference.dora_norm(*truth).float() if flags & DORA else None
         self.mag = torch.rand(n) + 0.5 if flags & DORA else None
         kind = {"dense": "dense", "fp4": "fp4"}.get(fmt, "nf4")
-        form = DENSE if kind == "dense" else Format(kind, 32, fmt == "nested", fmt == "code")
+        form = DENSE if kind == "dense" else Format(kind, blocksize, fmt == "nested", fmt == "code")
         self.problem = Problem("lora_fwd", m, n, k, r, dtype, adapter, form, flags, "cpu")
 
     def dropout(self) -> reference.Dropout | None:

@@ -11,6 +11,7 @@
 #include "args.h"
 
 #define FL_INLINE static inline __attribute__((always_inline, unused))
+#define FL_MEMBER inline __attribute__((always_inline, unused))
 #define FL_UNROLL _Pragma("GCC unroll 32")
 
 namespace {

@@ -28,7 +28,7 @@ FL_INLINE void count_below(const float* points, const float* v, int32_t* index) 
     }
 }
 
-FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, float inv, uint8_t* dst) {
+FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, float inv, bool, uint8_t* dst) {
     for (int64_t start = 0; start < count; start += 32) {
         float v[32] = {};
         int32_t index[32];
@@ -43,6 +43,20 @@ FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, fl
             count_below<15>(fl_nf4_mid, v, index);  // beyond `here` v is 0, whose code is the pad nibble
         }
         for (int64_t i = 0; i < here; i += 2) dst[(start + i) / 2] = (uint8_t)(index[i] << 4 | index[i + 1]);
+    }
+}
+
+// Sixteen binary searches in step, without branches.
+struct MapSearch {};
+FL_INLINE void encode_scales(const MapSearch&, const float* src, int64_t count, float inv, uint8_t* dst) {
+    for (int64_t start = 0; start < count; start += 16) {
+        float v[16] = {};
+        int32_t index[16] = {};
+        const int64_t here = min64(16, count - start);
+        for (int64_t i = 0; i < here; ++i) v[i] = src[start + i] * inv;
+        for (int step = 128; step; step >>= 1)
+            for (int i = 0; i < 16; ++i) index[i] += step & -(int32_t)!(v[i] <= fl_dynamic_mid[index[i] + step - 1]);
+        for (int64_t i = 0; i < here; ++i) dst[start + i] = (uint8_t)index[i];
     }
 }
 

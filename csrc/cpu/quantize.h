@@ -31,27 +31,22 @@ static void quantize(const Args& args, int64_t first_block, int64_t last_block) 
         }
         const float absmax = absmax_of(v, count);
         args.out_scales[block] = absmax;
-        encode_block(s, v, count, inverse_of(absmax), args.out_bytes + start / 2);
+        encode_block(s, v, count, inverse_of(absmax), absmax < __builtin_inff(), args.out_bytes + start / 2);
     }
 }
 
 // args: x fp32 [k] scales, nested_offset; groups of 256. out_bytes [k], out_scales [groups].
 static void quantize_absmax(const Args& args, int64_t first_group, int64_t last_group) {
     const float offset = args.nested_offset[0];
+    const MapSearch search;
     for (int64_t group = first_group; group < last_group; ++group) {
         const int64_t start = group * NESTED, count = min64(NESTED, args.k - start);
         const float* src = (const float*)args.x + start;
         float v[NESTED];
         for (int64_t i = 0; i < count; ++i) v[i] = src[i] - offset;
-        const float absmax = absmax_of(v, count), inv = inverse_of(absmax);
+        const float absmax = absmax_of(v, count);
         args.out_scales[group] = absmax;
-        for (int64_t i = 0; i < count; ++i) {
-            const float x = v[i] * inv;
-            int index = 0;  // binary search; "not <=" sends NaN to 255
-            for (int step = 128; step; step >>= 1)
-                if (!(x <= fl_dynamic_mid[index + step - 1])) index += step;
-            args.out_bytes[start + i] = (uint8_t)index;
-        }
+        encode_scales(search, v, count, inverse_of(absmax), args.out_bytes + start);
     }
 }
 
@@ -86,42 +81,19 @@ static void dequantize(const Args& args, int64_t first, int64_t last) {
     }
 }
 
-// Rows of keep bits: out [last - first][ceil(k / 8)]. Sixteen counters at a time, in loops the compiler vectorises.
+// Rows of keep bits: out [last - first][ceil(k / 8)].
 static void mask_rows(const Args& args, int64_t first_row, int64_t last_row, uint8_t* out) {
     const int64_t groups = ceil_div(args.k, 8);
     const uint64_t seed = (uint64_t)*args.seed;
     const uint32_t threshold = (uint32_t)args.threshold, stream = (uint32_t)args.stream;
     for (int64_t row = first_row; row < last_row; ++row, out += groups) {
-        for (int64_t start = 0; start < groups; start += 16) {
-            uint32_t c0[16], c1[16], c2[16], c3[16];
-            uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-            for (int i = 0; i < 16; ++i) {
-                c0[i] = (uint32_t)start + (uint32_t)i;
-                c1[i] = (uint32_t)row;
-                c2[i] = (uint32_t)((uint64_t)row >> 32);
-                c3[i] = stream;
-            }
-            for (int round = 0; round < 10; ++round) {
-                for (int i = 0; i < 16; ++i) {
-                    const uint64_t p0 = (uint64_t)FL_PHILOX_M0 * c0[i], p1 = (uint64_t)FL_PHILOX_M1 * c2[i];
-                    c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ key0;
-                    c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ key1;
-                    c1[i] = (uint32_t)p1;
-                    c3[i] = (uint32_t)p0;
-                }
-                key0 += FL_PHILOX_W0;
-                key1 += FL_PHILOX_W1;
-            }
-            uint32_t bits[16];
-            for (int i = 0; i < 16; ++i) {
-                const uint32_t b0 = (c0[i] & 0xffff) >= threshold, b1 = (c0[i] >> 16) >= threshold;
-                const uint32_t b2 = (c1[i] & 0xffff) >= threshold, b3 = (c1[i] >> 16) >= threshold;
-                const uint32_t b4 = (c2[i] & 0xffff) >= threshold, b5 = (c2[i] >> 16) >= threshold;
-                const uint32_t b6 = (c3[i] & 0xffff) >= threshold, b7 = (c3[i] >> 16) >= threshold;
-                bits[i] = b0 | b1 << 1 | b2 << 2 | b3 << 3 | b4 << 4 | b5 << 5 | b6 << 6 | b7 << 7;
-            }
-            const int64_t here = min64(16, groups - start);
-            for (int64_t i = 0; i < here; ++i) out[start + i] = (uint8_t)bits[i];
+        int64_t start = 0;
+        for (; start + KEEP_BYTES <= groups; start += KEEP_BYTES)
+            keep_bytes(seed, stream, (uint64_t)row, (uint32_t)start, threshold, out + start);
+        if (start < groups) {
+            uint8_t rest[KEEP_BYTES];
+            keep_bytes(seed, stream, (uint64_t)row, (uint32_t)start, threshold, rest);
+            memcpy(out + start, rest, (size_t)(groups - start));
         }
         if (args.k & 7) out[groups - 1] &= (uint8_t)((1u << (args.k & 7)) - 1);  // bits beyond k are 0
     }

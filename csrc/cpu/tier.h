@@ -6,9 +6,9 @@
 #include "forward.h"
 #include "backward.h"
 #include "norm.h"
-#ifdef FL_AVX512
-#include "skinny.h"
-#endif
+#include "few.h"
+#include "few_fwd.h"
+#include "few_bwd.h"
 
 namespace {
 
@@ -16,21 +16,25 @@ namespace {
 static bool pairs(const Args& args) { return HAS_PAIR && args.dtype == BF16; }
 
 static int64_t forward_floats(Shared& s) {
-#ifdef FL_AVX512
-    if (Skinny::fits(s.args)) return shared_floats<Skinny>(s);
-#endif
+    if (FewForward<false>::fits(s.args))
+        return pairs(s.args) ? shared_floats<FewForward<HAS_PAIR>>(s) : shared_floats<FewForward<false>>(s);
     return pairs(s.args) ? shared_floats<Forward<HAS_PAIR>>(s) : shared_floats<Forward<false>>(s);
 }
 static void forward(Shared& s) {
-#ifdef FL_AVX512
-    if (Skinny::fits(s.args)) return work<Skinny>(s);
-#endif
+    if (FewForward<false>::fits(s.args))
+        return pairs(s.args) ? work<FewForward<HAS_PAIR>>(s) : work<FewForward<false>>(s);
     pairs(s.args) ? work<Forward<HAS_PAIR>>(s) : work<Forward<false>>(s);
 }
 static int64_t backward_floats(Shared& s) {
+    if (FewBackward<false>::fits(s.args))
+        return pairs(s.args) ? shared_floats<FewBackward<HAS_PAIR>>(s) : shared_floats<FewBackward<false>>(s);
     return pairs(s.args) ? shared_floats<Backward<HAS_PAIR>>(s) : shared_floats<Backward<false>>(s);
 }
-static void backward(Shared& s) { pairs(s.args) ? work<Backward<HAS_PAIR>>(s) : work<Backward<false>>(s); }
+static void backward(Shared& s) {
+    if (FewBackward<false>::fits(s.args))
+        return pairs(s.args) ? work<FewBackward<HAS_PAIR>>(s) : work<FewBackward<false>>(s);
+    pairs(s.args) ? work<Backward<HAS_PAIR>>(s) : work<Backward<false>>(s);
+}
 static int64_t norm_floats(Shared& s) { return shared_floats<Norm>(s); }
 static void norm(Shared& s) { work<Norm>(s); }
 

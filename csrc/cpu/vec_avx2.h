@@ -19,6 +19,7 @@ FL_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 FL_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 FL_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 FL_INLINE vf vdot(vf, vf, vf c) { return c; }
+FL_INLINE vf vpairs(vf low, vf) { return low; }
 FL_INLINE float vsum(vf v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -122,6 +123,48 @@ FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, 
         }
     }
     for (int64_t i = 0; i < count; ++i) dst[i] = table[i & 1 ? p[i >> 1] & 15 : p[i >> 1] >> 4];
+}
+
+// --- dropout ---------------------------------------------------------------------------------------------------------
+
+// As in vec_avx512.h, with groups 0 1 2 3 in the lanes.
+enum { KEEP_BYTES = 16 };
+FL_INLINE void keep_bytes(uint64_t seed, uint32_t stream, uint64_t row, uint32_t group, uint32_t threshold,
+                          uint8_t* out) {
+    for (int i = 0; i < KEEP_BYTES; i += 8) {
+        __m256i c0[2], c1[2], c2[2], c3[2];
+        FL_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            c0[j] = _mm256_add_epi32(_mm256_set1_epi64x(group + i + 4 * j), _mm256_setr_epi64x(0, 1, 2, 3));
+            c1[j] = _mm256_set1_epi64x((uint32_t)row);
+            c2[j] = _mm256_set1_epi64x((int64_t)(row >> 32));
+            c3[j] = _mm256_set1_epi64x(stream);
+        }
+        uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+        for (int round = 0; round < 10; ++round, key0 += FL_PHILOX_W0, key1 += FL_PHILOX_W1) {
+            const __m256i k0 = _mm256_set1_epi64x(key0), k1 = _mm256_set1_epi64x(key1);
+            FL_UNROLL
+            for (int j = 0; j < 2; ++j) {
+                const __m256i p0 = _mm256_mul_epu32(c0[j], _mm256_set1_epi64x(FL_PHILOX_M0));
+                const __m256i p1 = _mm256_mul_epu32(c2[j], _mm256_set1_epi64x(FL_PHILOX_M1));
+                c0[j] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1[j]), k0);
+                c2[j] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3[j]), k1);
+                c1[j] = p1;
+                c3[j] = p0;
+            }
+        }
+        const __m256i least = _mm256_set1_epi16((int16_t)threshold);
+        FL_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            const __m256i a = _mm256_blend_epi32(c0[j], _mm256_slli_epi64(c1[j], 32), 0xaa);
+            const __m256i b = _mm256_blend_epi32(c2[j], _mm256_slli_epi64(c3[j], 32), 0xaa);
+            const __m256i even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);
+            const __m256i first = _mm256_cmpeq_epi16(_mm256_max_epu16(even, least), even);
+            const __m256i second = _mm256_cmpeq_epi16(_mm256_max_epu16(odd, least), odd);
+            const int32_t bits = _mm256_movemask_epi8(_mm256_packs_epi16(first, second));
+            memcpy(out + i + 4 * j, &bits, 4);
+        }
+    }
 }
 
 }  // namespace

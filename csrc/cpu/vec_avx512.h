@@ -44,6 +44,16 @@ FL_INLINE vf vdot(vf a, vf b, vf c) {
 #endif
 }
 
+// 2 W numbers as bf16, to nearest even; denormals become 0, as the dot products read them.
+FL_INLINE vf vpairs(vf low, vf high) {
+#ifdef FL_BF16
+    return (vf)_mm512_cvtne2ps_pbh(high, low);
+#else
+    (void)high;
+    return low;
+#endif
+}
+
 FL_INLINE vf vload_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
@@ -322,11 +332,36 @@ struct Search {
     vf points;
     __m512i order;
     bool fp4;
+    // NF4: [-1, 1] in bins so narrow that each holds at most one decision point, and the codes below the bins
+    vf point_of[2];
+    __m512i below[2];
     explicit Search(bool is_fp4) : fp4(is_fp4) {
         points = _mm512_maskz_loadu_ps(is_fp4 ? 0x7f : 0x7fff, is_fp4 ? fl_fp4_mid : fl_nf4_mid);
         order = _mm512_setr_epi32(0, 1, 6, 7, 4, 5, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0);
+        float point[32];
+        int32_t count[32] = {};
+        for (int bin = 0; bin < 32; ++bin) point[bin] = 2;
+        for (int i = 0; i < 15 && !is_fp4; ++i) {
+            const int bin = (int)(fl_nf4_mid[i] * BINS + 16);
+            point[bin] = fl_nf4_mid[i];
+            for (int later = bin + 1; later < 32; ++later) ++count[later];
+        }
+        for (int i = 0; i < 2; ++i) {
+            point_of[i] = _mm512_loadu_ps(point + 16 * i);
+            below[i] = _mm512_loadu_si512(count + 16 * i);
+        }
     }
+    // Bins in a unit: below 16, so that rounding cannot carry 1 out of the last bin.
+    static constexpr float BINS = 15.9f;
 };
+
+// The code of NF4 numbers that rounding may have carried a little beyond [-1, 1]; no NaN, no infinity.
+FL_INLINE __m512i search_tame(const Search& s, vf v) {
+    const __m512i bin = _mm512_cvttps_epi32(_mm512_fmadd_ps(v, _mm512_set1_ps(Search::BINS), _mm512_set1_ps(16)));
+    const __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(s.point_of[0], bin, s.point_of[1]), _CMP_GT_OQ);
+    const __m512i code = _mm512_permutex2var_epi32(s.below[0], bin, s.below[1]);
+    return _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+}
 
 // Branch-free binary search over the decision points; "not <=" sends NaN to the highest code.
 FL_INLINE __m512i search(const Search& s, vf v) {
@@ -345,22 +380,122 @@ FL_INLINE __m512i search(const Search& s, vf v) {
     return _mm512_mask_or_epi32(index, negative, index, _mm512_set1_epi32(8));
 }
 
-// Sixteen elements to eight bytes: lanes (even, odd) of a 64-bit word become even << 4 | odd.
-FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, float inv, uint8_t* dst) {
+// Sixteen codes to eight bytes: lanes (even, odd) of a 64-bit word become even << 4 | odd.
+FL_INLINE __m128i bytes_of_codes(__m512i index) {
+    return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(index, 4), _mm512_srli_epi64(index, 32)));
+}
+
+// `tame`: all of src is finite, and so is inv.
+FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, float inv, bool tame, uint8_t* dst) {
     const vf scale = _mm512_set1_ps(inv);
     int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        const __m512i index = search(s, _mm512_mul_ps(_mm512_loadu_ps(src + i), scale));
-        const __m512i both = _mm512_or_si512(_mm512_slli_epi64(index, 4), _mm512_srli_epi64(index, 32));
-        _mm_storel_epi64((__m128i*)(dst + i / 2), _mm512_cvtepi64_epi8(both));
-    }
+    if (tame && !s.fp4)
+        for (; i + 16 <= count; i += 16)
+            _mm_storel_epi64((__m128i*)(dst + i / 2),
+                             bytes_of_codes(search_tame(s, _mm512_mul_ps(_mm512_loadu_ps(src + i), scale))));
+    for (; i + 16 <= count; i += 16)
+        _mm_storel_epi64((__m128i*)(dst + i / 2),
+                         bytes_of_codes(search(s, _mm512_mul_ps(_mm512_loadu_ps(src + i), scale))));
     if (i < count) {
         const uint32_t keep = (1u << (count - i)) - 1;
         __m512i index = search(s, _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)keep, src + i), scale));
         index =
             _mm512_mask_mov_epi32(_mm512_set1_epi32(s.fp4 ? 0 : 7), (__mmask16)keep, index);  // the pad nibble means 0
-        const __m512i both = _mm512_or_si512(_mm512_slli_epi64(index, 4), _mm512_srli_epi64(index, 32));
-        _mm_mask_storeu_epi8(dst + i / 2, (__mmask16)((1u << ((count - i + 1) / 2)) - 1), _mm512_cvtepi64_epi8(both));
+        _mm_mask_storeu_epi8(dst + i / 2, (__mmask16)((1u << ((count - i + 1) / 2)) - 1), bytes_of_codes(index));
+    }
+}
+
+// Nearest entries of the 8-bit map: a binary search, its later levels in ever larger tables of registers.
+struct MapSearch {
+    vf coarse, eight, four[2], two[4], one[8];
+    MapSearch() {
+        float table[16 + 16 + 32 + 64 + 128];
+        for (int i = 0; i < 16; ++i) table[i] = i < 15 ? fl_dynamic_mid[16 * i + 15] : __builtin_inff();
+        float* to = table + 16;
+        for (int step = 8; step; step >>= 1)
+            for (int i = 0; i < 256; i += 2 * step) *to++ = fl_dynamic_mid[i + step - 1];
+        coarse = _mm512_loadu_ps(table);
+        eight = _mm512_loadu_ps(table + 16);
+        for (int i = 0; i < 2; ++i) four[i] = _mm512_loadu_ps(table + 32 + 16 * i);
+        for (int i = 0; i < 4; ++i) two[i] = _mm512_loadu_ps(table + 64 + 16 * i);
+        for (int i = 0; i < 8; ++i) one[i] = _mm512_loadu_ps(table + 128 + 16 * i);
+    }
+};
+
+// index + step where v is above the point; "not <=" sends NaN up.
+FL_INLINE __m512i step_above(vf v, vf point, __m512i index, int step) {
+    return _mm512_mask_add_epi32(index, _mm512_cmp_ps_mask(v, point, _CMP_NLE_UQ), index, _mm512_set1_epi32(step));
+}
+
+FL_INLINE void encode_scales(const MapSearch& s, const float* src, int64_t count, float inv, uint8_t* dst) {
+    for (int64_t start = 0; start < count; start += 16) {
+        const __mmask16 some = (__mmask16)(count - start >= 16 ? 0xffff : (1 << (count - start)) - 1);
+        const vf v = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, src + start), _mm512_set1_ps(inv));
+        __m512i index = _mm512_setzero_si512();
+        FL_UNROLL
+        for (int step = 8; step; step >>= 1) {
+            const __m512i probe = _mm512_add_epi32(index, _mm512_set1_epi32(step - 1));
+            index = step_above(v, _mm512_permutexvar_ps(probe, s.coarse), index, step);
+        }
+        index = step_above(v, _mm512_permutexvar_ps(index, s.eight), _mm512_slli_epi32(index, 4), 8);
+        __m512i probe = _mm512_srli_epi32(index, 3);  // the later levels' tables have an entry a possible index
+        index = step_above(v, _mm512_permutex2var_ps(s.four[0], probe, s.four[1]), index, 4);
+        probe = _mm512_srli_epi32(index, 2);
+        const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
+        index = step_above(v,
+                           _mm512_mask_blend_ps(upper, _mm512_permutex2var_ps(s.two[0], probe, s.two[1]),
+                                                _mm512_permutex2var_ps(s.two[2], probe, s.two[3])),
+                           index, 2);
+        probe = _mm512_srli_epi32(index, 1);
+        const __mmask16 odd = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
+        vf part[2];
+        FL_UNROLL
+        for (int i = 0; i < 2; ++i)
+            part[i] = _mm512_mask_blend_ps(odd, _mm512_permutex2var_ps(s.one[4 * i], probe, s.one[4 * i + 1]),
+                                           _mm512_permutex2var_ps(s.one[4 * i + 2], probe, s.one[4 * i + 3]));
+        index = step_above(v, _mm512_mask_blend_ps(upper, part[0], part[1]), index, 1);
+        _mm_mask_storeu_epi8(dst + start, some, _mm512_cvtepi32_epi8(index));
+    }
+}
+
+// --- dropout ---------------------------------------------------------------------------------------------------------
+
+// Keep bits of 8-column groups group .. group + KEEP_BYTES of a row: Philox4x32-10 with a counter in each 64-bit lane,
+// of which only the low half counts. Lanes hold groups 0 4 1 5 2 6 3 7: the unpacking below puts them in order.
+enum { KEEP_BYTES = 32 };
+FL_INLINE void keep_bytes(uint64_t seed, uint32_t stream, uint64_t row, uint32_t group, uint32_t threshold,
+                          uint8_t* out) {
+    __m512i c0[4], c1[4], c2[4], c3[4];
+    const __m512i lanes = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    FL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        c0[i] = _mm512_add_epi32(_mm512_set1_epi64(group + 8 * i), lanes);
+        c1[i] = _mm512_set1_epi64((uint32_t)row);
+        c2[i] = _mm512_set1_epi64((int64_t)(row >> 32));
+        c3[i] = _mm512_set1_epi64(stream);
+    }
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; ++round, key0 += FL_PHILOX_W0, key1 += FL_PHILOX_W1) {
+        const __m512i k0 = _mm512_set1_epi64(key0), k1 = _mm512_set1_epi64(key1);
+        FL_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const __m512i p0 = _mm512_mul_epu32(c0[i], _mm512_set1_epi64(FL_PHILOX_M0));
+            const __m512i p1 = _mm512_mul_epu32(c2[i], _mm512_set1_epi64(FL_PHILOX_M1));
+            c0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[i], k0, 0x96);
+            c2[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[i], k1, 0x96);
+            c1[i] = p1;
+            c3[i] = p0;
+        }
+    }
+    const __m512i least = _mm512_set1_epi16((int16_t)threshold);
+    FL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const __m512i a = _mm512_mask_shuffle_epi32(c0[i], 0xaaaa, c1[i], _MM_PERM_CCAA);
+        const __m512i b = _mm512_mask_shuffle_epi32(c2[i], 0xaaaa, c3[i], _MM_PERM_CCAA);
+        const uint32_t first = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(a, b), least);
+        const uint32_t second = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(a, b), least);
+        memcpy(out + 8 * i, &first, 4);
+        memcpy(out + 8 * i + 4, &second, 4);
     }
 }
 

@@ -21,6 +21,7 @@ FL_INLINE vf vadd(vf a, vf b) { return a + b; }
 FL_INLINE vf vmul(vf a, vf b) { return a * b; }
 FL_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 FL_INLINE vf vdot(vf, vf, vf c) { return c; }
+FL_INLINE vf vpairs(vf low, vf) { return low; }
 FL_INLINE float vsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 // The mask bits of lanes i .. i + W - 1, and v with 0 where its bit is 0.
@@ -79,6 +80,12 @@ FL_INLINE void span_16(const Codes& codes, float absmax, const uint8_t* packed, 
     uint16_t table[16];
     for (int i = 0; i < 16; ++i) from_f32_one(codes.code[i] * absmax, table, dtype, i);
     span_table(table, packed, flat, count, dst);
+}
+
+enum { KEEP_BYTES = 16 };
+FL_INLINE void keep_bytes(uint64_t seed, uint32_t stream, uint64_t row, uint32_t group, uint32_t threshold,
+                          uint8_t* out) {
+    for (uint32_t i = 0; i < KEEP_BYTES; ++i) out[i] = fl_keep_bits(seed, stream, row, group + i, threshold);
 }
 
 }  // namespace

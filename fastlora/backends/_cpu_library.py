@@ -27,6 +27,8 @@ STATUS_NO_MEMORY = 1
 OPS = ("quantize", "quantize_absmax", "dequantize", "dropout_mask", "dora_norm", "lora_fwd", "lora_bwd")
 
 _RECORD = struct.Struct("=10q2d28q")
+# `struct Args` in order, every field given: what the layers' ops call, for which `pack`'s names cost too much.
+pack_fields = _RECORD.pack
 
 
 class Library:
@@ -80,10 +82,11 @@ class Library:
             UnsupportedError: the record names a tier this CPU lacks.
         """
         status = self.functions[op](record)
+        if not status:
+            return
         if status == STATUS_NO_MEMORY:
             raise MemoryError(f"fastlora's CPU library could not get scratch memory for {op}")
-        if status:
-            raise UnsupportedError(f"the CPU library refused {op} (status {status})")
+        raise UnsupportedError(f"the CPU library refused {op} (status {status})")
 
 
 def open_library(directory: pathlib.Path = DIRECTORY) -> tuple[Library | None, str]:

@@ -51,10 +51,12 @@ def _aligned(t: Tensor | None, keep: list[Tensor]) -> int:
     """Address of bytes the library reads as fp32; a misaligned or strided part is copied into `keep` first."""
     if t is None:
         return 0
-    if not t.is_contiguous() or t.data_ptr() % 4:
+    address = t.data_ptr()
+    if address % 4 or not t.is_contiguous():
         t = t.clone(memory_format=torch.contiguous_format)
         keep.append(t)
-    return t.data_ptr()
+        address = t.data_ptr()
+    return address
 
 
 def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
@@ -64,20 +66,35 @@ def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
             weight = weight.contiguous()
             keep.append(weight)
         return (0, 0, weight.data_ptr(), 0, 0, 0, 0, 0, 0)
-    packed = weight.packed if weight.packed.is_contiguous() else weight.packed.contiguous()
-    scales = weight.absmax if weight.absmax.is_contiguous() else weight.absmax.contiguous()
-    keep += (packed, scales)
-    nested = weight.nested_absmax is not None
+    packed, scales, nested_absmax, nested_offset, code, quant_type, blocksize, _ = weight
+    if not packed.is_contiguous():
+        packed = packed.contiguous()
+        keep.append(packed)
+    if nested_absmax is None:
+        return (
+            _KINDS[quant_type],
+            blocksize,
+            0,
+            packed.data_ptr(),
+            _aligned(scales, keep),
+            0,
+            0,
+            0,
+            _aligned(code, keep),
+        )
+    if not scales.is_contiguous():
+        scales = scales.contiguous()
+        keep.append(scales)
     return (
-        _KINDS[weight.quant_type],
-        weight.blocksize,
+        _KINDS[quant_type],
+        blocksize,
         0,
         packed.data_ptr(),
-        0 if nested else _aligned(scales, keep),
-        scales.data_ptr() if nested else 0,
-        _aligned(weight.nested_absmax, keep),
-        _aligned(weight.nested_offset, keep),
-        _aligned(weight.code, keep),
+        0,
+        scales.data_ptr(),
+        _aligned(nested_absmax, keep),
+        _aligned(nested_offset, keep),
+        _aligned(code, keep),
     )
 
 
@@ -212,44 +229,25 @@ def lora_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """x [m, k] -> y [m, n] of x's dtype, and h fp32 [m, r], mask uint8 [m, ceil(k/8)], z [m, n] where flags ask."""
     library = _cpu_library.library()
-    m, n, k, r, flags = problem.m, problem.n, problem.k, problem.r, problem.flags
+    _, m, n, k, r, dtype, _, _, flags, _ = problem
     train, dora = flags & TRAIN, flags & DORA
     threshold, keep_scale = _dropout(problem, seed, p)
-    y = torch.empty((m, n), dtype=x.dtype)
-    h = torch.empty((m, r), dtype=torch.float32) if train else None
+    y = x.new_empty((m, n))
+    h = x.new_empty((m, r), dtype=torch.float32) if train else None
     mask = None
     if train and flags & DROPOUT and flags & SAVE_MASK:
-        mask = torch.empty((m, -(-k // 8)), dtype=torch.uint8)
-    z = torch.empty((m, n), dtype=x.dtype) if train and dora else None
+        mask = x.new_empty((m, -(-k // 8)), dtype=torch.uint8)
+    z = x.new_empty((m, n)) if train and dora else None
     if not m:
         return y, h, mask, z
     keep: list[Tensor] = []
     a32, b32, bias32 = _f32(a), _f32(b), _f32(bias)
     mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
-    record = _cpu_library.pack(
-        m=m,
-        n=n,
-        k=k,
-        r=r,
-        dtype=_DTYPES[x.dtype],
-        flags=flags,
-        tier=library.tier(),
-        threshold=threshold,
-        stream=stream,
-        scale=float(scale),
-        keep_scale=keep_scale,
-        seed=_address(seed),
-        weight=_weight(weight, keep),
-        x=x.data_ptr(),
-        a=_address(a32),
-        b=_address(b32),
-        bias=_address(bias32),
-        mag=_address(mag32),
-        norm=_address(norm32),
-        y=y.data_ptr(),
-        h=_address(h),
-        mask=_address(mask),
-        z=_address(z),
+    sizes = (m, n, k, r, _DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
+    operands = (x.data_ptr(), _address(a32), _address(b32), _address(bias32), _address(mag32), _address(norm32))
+    outputs = (y.data_ptr(), _address(h), _address(mask), _address(z))
+    record = _cpu_library.pack_fields(
+        *sizes, scale, keep_scale, _address(seed), *_weight(weight, keep), *operands, *outputs, 0, 0, 0, 0, 0, 0, 0, 0
     )
     library.call("lora_fwd", record)
     return y, h, mask, z
@@ -274,12 +272,12 @@ def lora_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy [m, n] -> dx [m, k] of x's dtype, da and db of a's dtype, dmag and dbias fp32 [n]; None where not needed."""
     library = _cpu_library.library()
-    m, n, k, r, flags = problem.m, problem.n, problem.k, problem.r, problem.flags
+    _, m, n, k, r, dtype, _, _, flags, _ = problem
     dora = flags & DORA
     threshold, keep_scale = _dropout(problem, seed, p)
     if flags & DROPOUT and mask is None and flags & (NEED_DX | NEED_DA) and seed is not None:
         mask = dropout_mask(problem, seed, stream, p)
-    dx = torch.empty((m, k), dtype=problem.dtype) if flags & NEED_DX else None
+    dx = dy.new_empty((m, k)) if flags & NEED_DX else None
     da = torch.empty((r, k), dtype=torch.float32) if flags & NEED_DA else None
     db = torch.empty((n, r), dtype=torch.float32) if flags & NEED_DB else None
     dmag = torch.empty((n,), dtype=torch.float32) if flags & NEED_DMAG else None
@@ -287,33 +285,12 @@ def lora_bwd(
     keep: list[Tensor] = []
     a32, b32 = _f32(a), _f32(b)
     mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
-    record = _cpu_library.pack(
-        m=m,
-        n=n,
-        k=k,
-        r=r,
-        dtype=_DTYPES[problem.dtype],
-        flags=flags,
-        tier=library.tier(),
-        threshold=threshold,
-        stream=stream,
-        scale=float(scale),
-        keep_scale=keep_scale,
-        weight=_weight(weight, keep),
-        x=_address(x),
-        a=_address(a32),
-        b=_address(b32),
-        mag=_address(mag32),
-        norm=_address(norm32),
-        h=_address(h),
-        mask=_address(mask),
-        z=_address(z),
-        dy=dy.data_ptr(),
-        dx=_address(dx),
-        da=_address(da),
-        db=_address(db),
-        dmag=_address(dmag),
-        dbias=_address(dbias),
+    sizes = (m, n, k, r, _DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
+    operands = (_address(x), _address(a32), _address(b32), 0, _address(mag32), _address(norm32))
+    saved = (0, _address(h), _address(mask), _address(z), dy.data_ptr())
+    outputs = (_address(dx), _address(da), _address(db), _address(dmag), _address(dbias))
+    record = _cpu_library.pack_fields(
+        *sizes, scale, keep_scale, 0, *_weight(weight, keep), *operands, *saved, *outputs, 0, 0
     )
     library.call("lora_bwd", record)
     if a.dtype != torch.float32:

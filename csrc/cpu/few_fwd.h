@@ -1,0 +1,398 @@
+// lora_fwd for a few tokens. The equations are in forward.h; here lanes run along k, and each group of rows of w meets
+// all tokens of a group at once, its sums in registers. DoRA with its own dropout multiplies twice as many tokens: x, then
+// the dropped x. The adapter's b h is the first term of the same sums.
+//
+// Packed weights of whole blocks (AVX-512) are decoded in registers; x is cut into even and odd columns, which is how
+// nibbles come out of their bytes. Dense rows of whole vectors are read where they lie, others by way of a small tile.
+#ifndef FASTLORA_CPU_FEW_FWD_H
+#define FASTLORA_CPU_FEW_FWD_H
+
+namespace {
+
+enum {
+    FEATURES_FEW = 24,     // rows of w in one piece of work, a multiple of every R
+    CHUNK_BYTES = 16384,   // of one group's x that is used again and again: half a small L1 cache
+    TILE_ROWS = 4,         // rows decoded at once where a tile is needed
+    TILE_COLUMNS = 512,
+};
+
+// Rows of w that share the loads of x.
+template <int T>
+struct Together {
+    enum { R = T * 4 <= (W == 16 ? 16 : 8) ? 4 : 2 };
+};
+
+// fp32 rows, or rows of bf16 pairs, as they lie: a dense weight, a tile, or a of the adapter.
+struct PlainRows {
+    enum { PAIRS = 1 };
+    const float* rows;
+    int64_t stride;
+    FL_MEMBER vf begin(int64_t, int) const { return vzero(); }
+    FL_MEMBER void get(int64_t step, int, int i, vf, vf w[2]) const {
+        const float* p = rows + i * stride + step * 2 * W;
+        w[0] = vload(p);
+        w[1] = vload(p + W);
+    }
+    void next(int64_t count) { rows += count * stride; }
+};
+
+#ifdef FL_AVX512
+// Steps of 64 columns, all of one block: a scaled table a row and step.
+struct PackedSteps {
+    const uint8_t* packed;
+    const float* scales;
+    vf table;
+    int64_t bytes, ahead, row_blocks, step0;  // a row; from here to what is read next; blocks a row; steps before
+    int shift;                                // log2 of steps a block
+    FL_MEMBER vf scaled(int64_t step, int i) const {
+        _mm_prefetch((const char*)(packed + i * bytes + step * 32 + ahead), _MM_HINT_T1);
+        return vmul(table, vset1(scales[i * row_blocks + ((step0 + step) >> shift)]));
+    }
+    void next(int64_t count) { packed += count * bytes, scales += count * row_blocks; }
+};
+
+// fp32: two pairs of vectors (even columns, odd columns), each of 32 columns.
+struct StepsF32 : PackedSteps {
+    enum { PAIRS = 2 };
+    FL_MEMBER vf begin(int64_t step, int i) const { return scaled(step, i); }
+    FL_MEMBER void get(int64_t step, int pair, int i, vf entries, vf w[2]) const {
+        const __m512i nibbles = bytes_of(packed + i * bytes + step * 32 + pair * 16);
+        w[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(nibbles, 4), entries);
+        w[1] = _mm512_permutexvar_ps(nibbles, entries);
+    }
+};
+
+#ifdef FL_BF16
+// bf16: 32 even columns, 32 odd ones. The permute reads index bits 0-4: the table lies twice in its register.
+struct StepsPair : PackedSteps {
+    enum { PAIRS = 1 };
+    FL_MEMBER vf begin(int64_t step, int i) const {
+        const vf entries = scaled(step, i);
+        return vpairs(entries, entries);
+    }
+    FL_MEMBER void get(int64_t step, int, int i, vf entries, vf w[2]) const {
+        const __m512i lookup = _mm512_castps_si512(entries);
+        const __m512i nibbles =
+            _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(packed + i * bytes + step * 32)));
+        w[0] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 4), lookup));
+        w[1] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(nibbles, lookup));
+    }
+};
+#endif
+template <bool PAIR>
+struct StepsOf {
+    typedef StepsF32 Rows;
+};
+#ifdef FL_BF16
+template <>
+struct StepsOf<true> {
+    typedef StepsPair Rows;
+};
+#endif
+#endif
+
+// The adapter's part of some rows: rows of b, and s h of the group's tokens, both padded to whole vectors.
+struct Adapter {
+    const float *b, *h;
+    int64_t rank;  // 0: none
+};
+
+// part[i T + t] += sum of row i times token t, and of their adapter rows.
+template <bool PAIR, int R, int T, class Rows>
+static void dot(const Rows& rows, int64_t steps, const float* x, int64_t ldx, const Adapter& adapter, float* part) {
+    vf acc[R * T];
+    FL_UNROLL
+    for (int i = 0; i < R * T; ++i) acc[i] = vzero();
+    for (int64_t j = 0; j < adapter.rank; j += W) {
+        FL_UNROLL
+        for (int i = 0; i < R; ++i) {
+            const vf b = vload(adapter.b + i * adapter.rank + j);
+            FL_UNROLL
+            for (int t = 0; t < T; ++t) acc[i * T + t] = vfma(b, vload(adapter.h + t * adapter.rank + j), acc[i * T + t]);
+        }
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        vf state[R];
+        FL_UNROLL
+        for (int i = 0; i < R; ++i) state[i] = rows.begin(step, i);
+        FL_UNROLL
+        for (int pair = 0; pair < Rows::PAIRS; ++pair, x += 2 * W) {
+            vf w[R][2];
+            FL_UNROLL
+            for (int i = 0; i < R; ++i) rows.get(step, pair, i, state[i], w[i]);
+            FL_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                FL_UNROLL
+                for (int t = 0; t < T; ++t) {
+                    const vf v = vload(x + t * ldx + half * W);
+                    FL_UNROLL
+                    for (int i = 0; i < R; ++i)
+                        acc[i * T + t] =
+                            PAIR ? vdot(v, w[i][half], acc[i * T + t]) : vfma(v, w[i][half], acc[i * T + t]);
+                }
+            }
+        }
+    }
+    add_sums<R * T>(acc, part);
+}
+
+// The same for `count` rows, part [count][T].
+template <bool PAIR, int T, class Rows>
+static void dot_all(Rows rows, int64_t count, int64_t steps, const float* x, int64_t ldx, Adapter adapter, float* part) {
+    enum { R = Together<T>::R };
+    int64_t i = 0;
+    for (; i + R <= count; i += R, rows.next(R), adapter.b += R * adapter.rank)
+        dot<PAIR, R, T>(rows, steps, x, ldx, adapter, part + i * T);
+    for (; i < count; ++i, rows.next(1), adapter.b += adapter.rank)
+        dot<PAIR, 1, T>(rows, steps, x, ldx, adapter, part + i * T);
+}
+
+template <bool PAIR>
+struct FewForward {
+    const Args& args;
+    Shared& shared;
+    const bool drop, dora, twice, packed, direct;
+    const int64_t rank, tokens;  // tokens: rows of x that meet w
+    const Groups groups, own;
+    const int64_t step, columns, ldx;  // columns of one step; k in whole steps; floats of one token of `base`
+    const int64_t chunk;               // columns summed at once
+    // shared: x as fp32 (dropped where there is dropout); x as it meets w; s h, padded, of each token
+    float *natural, *base, *scaled_h;
+    // one thread's
+    float *bits, *scales, *tile, *b_rows, *part, *out, *column;
+
+    static bool fits(const Args& args) { return args.m >= 1 && args.m * (two_bases(args) ? 2 : 1) <= FEW; }
+
+    FewForward(Shared& s)
+        : args(s.args),
+          shared(s),
+          drop(args.flags & DROPOUT),
+          dora(args.flags & DORA),
+          twice(two_bases(args)),
+#ifdef FL_AVX512
+          packed(whole_blocks(args)),
+#else
+          packed(false),
+#endif
+          direct(args.kind == DENSE && args.k % (2 * W * (1 + PAIR)) == 0 && (PAIR || args.dtype == F32)),
+          rank(round_up(args.r, W)),
+          tokens(args.m * (twice ? 2 : 1)),
+          groups(tokens),
+          own(args.m),
+          step(packed ? (int64_t)BLOCK_64 : 2 * W * (1 + PAIR)),
+          columns(round_up(args.k, step)),
+          ldx(columns / (1 + PAIR)),
+          chunk(chunk_of()) {}
+
+    int64_t chunk_of() const {
+        const int64_t most = CHUNK_BYTES / (PAIR ? 2 : 4) / ceil_div(tokens, groups.count);
+        return min64(columns, round_up(packed || direct ? most : min64(most, TILE_COLUMNS), 4 * BLOCK_64));
+    }
+
+    int64_t carve_shared(float* memory) {
+        Arena arena(memory);
+        natural = arena.take(args.m * round_up(args.k, 2 * W));
+        base = arena.take(tokens * ldx);
+        scaled_h = arena.take(tokens * rank);
+        return arena.used;
+    }
+
+    int64_t carve_thread(float* memory) {
+        Arena arena(memory);
+        bits = arena.take(drop ? ceil_div(args.k, 32) + 1 : 0);
+        scales = arena.take(args.absmax_codes ? FEATURES_FEW * args.k / args.blocksize + 2 : 0);
+        tile = arena.take(TILE_ROWS * (TILE_COLUMNS + W));
+        b_rows = arena.take(rank != args.r ? FEATURES_FEW * rank : 0);
+        part = arena.take(tokens * FEATURES_FEW + 16);
+        out = arena.take(tokens * FEATURES_FEW);
+        column = arena.take(FEATURES_FEW);
+        return arena.used;
+    }
+
+    int64_t ld_natural() const { return round_up(args.k, 2 * W); }
+
+    // --- x, once ---
+
+    void prepare(int64_t t) {
+        float* x = natural + t * ld_natural();
+        to_f32(args.x, args.dtype, t * args.k, args.k, x);
+        put(x, base + t * ldx);
+        if (!drop) return;
+        const int64_t bytes = ceil_div(args.k, 8);
+        uint8_t* keep = args.mask ? args.mask + t * bytes : (uint8_t*)bits;
+        mask_rows(args, t, t + 1, keep);
+        keep_f32(x, keep, 0, args.k, x);
+        if (twice) put(x, base + (args.m + t) * ldx);
+    }
+
+    // One token in the order, and to the precision, in which it meets w.
+    void put(const float* x, float* dst) {
+        if (PAIR) memset((uint16_t*)dst + args.k, 0, (size_t)(columns - args.k) * 2);
+        else memset(dst + args.k, 0, (size_t)(columns - args.k) * 4);
+#ifdef FL_AVX512
+        if (packed) return split<PAIR>(x, args.k, dst);
+#endif
+        from_f32(x, args.k, dst, PAIR ? BF16 : F32, 0);
+    }
+
+    // h of rows j .. j + count of a; K in chunks, so that no sum is long.
+    void hidden(int64_t j, int64_t count) {
+        float sums[GROUP * TILE_ROWS + 16];
+        const int64_t whole = args.k / (2 * W) * (2 * W), ld = ld_natural();
+        for (int64_t group = 0; group < own.count; ++group)
+            with_tokens(own.size(group), [&](auto tag) {
+                enum { T = decltype(tag)::N };
+                const float* x = natural + own.first(group) * ld;
+                memset(sums, 0, sizeof sums);
+                for (int64_t k = 0; k < whole; k += TILE_COLUMNS)
+                    dot_all<false, T>(PlainRows{args.a + j * args.k + k, args.k}, count,
+                                      min64(TILE_COLUMNS, whole - k) / (2 * W), x + k, ld, Adapter{nullptr, nullptr, 0},
+                                      sums);
+                for (int64_t i = 0; i < count; ++i)
+                    for (int64_t t = 0; t < T; ++t) {
+                        float tail = 0;
+                        for (int64_t k = whole; k < args.k; ++k) tail += args.a[(j + i) * args.k + k] * x[t * ld + k];
+                        put_h(own.first(group) + t, j + i, (sums[i * T + t] + tail) * (float)args.keep_scale);
+                    }
+            });
+    }
+
+    // The second product is multiplied by keep_scale as a whole, so its h must not have it yet.
+    void put_h(int64_t t, int64_t j, float h) {
+        if (args.h) args.h[t * args.r + j] = h;
+        scaled_h[t * rank + j] = (float)args.scale * h;
+        if (twice) scaled_h[(args.m + t) * rank + j] = (float)args.scale * h / (float)args.keep_scale;
+    }
+
+    // --- rows of w ---
+
+    void rows(int64_t n0, int64_t count) {
+        Source source(args);
+        source.use_scales(n0 * args.k, (n0 + count) * args.k, scales);
+        memset(part, 0, (size_t)(tokens * FEATURES_FEW) * 4);
+        const float* b = args.b + n0 * args.r;
+        if (rank != args.r) {
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t j = 0; j < rank; ++j) b_rows[i * rank + j] = j < args.r ? b[i * args.r + j] : 0;
+            b = b_rows;
+        }
+        for (int64_t k = 0; k < columns; k += chunk) {
+            const Adapter adapter{b, scaled_h, k ? 0 : rank};
+            const int64_t some = min64(chunk, columns - k);
+            if (packed) packed_rows(source, n0, count, k, some, adapter);
+            else if (direct) plain_rows(dense_rows(n0, k), 0, count, k, some, adapter);
+            else tile_rows(source, n0, count, k, some, adapter);
+        }
+        finish(n0, count);
+    }
+
+    template <class Rows>
+    void all_tokens(const Rows& source, int64_t first, int64_t count, int64_t k, int64_t some, Adapter adapter) {
+        adapter.b += first * adapter.rank;
+        for (int64_t group = 0; group < groups.count; ++group)
+            with_tokens(groups.size(group), [&](auto tag) {
+                enum { T = decltype(tag)::N };
+                const int64_t token = groups.first(group);
+                Adapter mine = adapter;
+                mine.h += token * rank;
+                dot_all<PAIR, T>(source, count, some / step, base + token * ldx + k / (1 + PAIR), ldx, mine,
+                                 part + token * FEATURES_FEW + first * T);
+            });
+    }
+
+    void plain_rows(const PlainRows& source, int64_t first, int64_t count, int64_t k, int64_t some, Adapter adapter) {
+        all_tokens(source, first, count, k, some, adapter);
+    }
+
+    PlainRows dense_rows(int64_t n0, int64_t k) const {
+        return PlainRows{(const float*)at(args.dense, args.dtype, n0 * args.k + k), args.k / (1 + PAIR)};
+    }
+
+    void tile_rows(Source& source, int64_t n0, int64_t count, int64_t k, int64_t some, Adapter adapter) {
+        enum { LD = TILE_COLUMNS + W };
+        const int64_t stop = min64(args.k, k + some), here = stop - k;
+        for (int64_t i = 0; i < count; i += TILE_ROWS) {
+            const int64_t together = min64(TILE_ROWS, count - i);
+            for (int64_t row = 0; row < together; ++row) {
+                float* dst = tile + row * LD;
+                if (PAIR) {
+                    read_bf16(source, n0 + i + row, k, stop, (uint16_t*)dst);
+                    memset((uint16_t*)dst + here, 0, (size_t)(some - here) * 2);
+                } else {
+                    read_f32(source, n0 + i + row, k, stop, dst);
+                    memset(dst + here, 0, (size_t)(some - here) * 4);
+                }
+            }
+            plain_rows(PlainRows{tile, LD}, i, together, k, some, adapter);
+        }
+    }
+
+    void packed_rows(Source& source, int64_t n0, int64_t count, int64_t k, int64_t some, Adapter adapter) {
+#ifdef FL_AVX512
+        typename StepsOf<PAIR && HAS_PAIR>::Rows steps;
+        steps.bytes = args.k / 2;
+        steps.row_blocks = args.k >> source.shift;
+        steps.packed = args.packed + n0 * steps.bytes + k / 2;
+        steps.scales = source.scales + (n0 * steps.row_blocks - source.first);
+        steps.table = source.codes.table;
+        steps.step0 = k / BLOCK_64;
+        steps.shift = source.shift - 6;
+        steps.ahead = ahead_of(n0, count, k, some);
+        all_tokens(steps, 0, count, k, some, adapter);
+#else
+        (void)source, (void)n0, (void)count, (void)k, (void)some, (void)adapter;
+#endif
+    }
+
+    // How far ahead to prefetch: the same rows' next chunk; where rows are read whole, the rows after the ones read now.
+    int64_t ahead_of(int64_t n0, int64_t count, int64_t k, int64_t some) const {
+        const int64_t bytes = args.k / 2;
+        if (chunk >= columns) return n0 + count + 4 <= args.n ? 4 * bytes : 0;
+        if (k + some < columns) return some / 2;
+        return n0 + 2 * count <= args.n ? count * bytes - k / 2 : 0;
+    }
+
+    void finish(int64_t n0, int64_t count) {
+        for (int64_t group = 0; group < groups.count; ++group) {
+            const int64_t first = groups.first(group), size = groups.size(group);
+            for (int64_t t = 0; t < size; ++t)
+                for (int64_t i = 0; i < count; ++i)
+                    out[(first + t) * FEATURES_FEW + i] = part[first * FEATURES_FEW + i * size + t];
+        }
+        if (dora)
+            for (int64_t i = 0; i < count; ++i) column[i] = args.mag[n0 + i] / args.norm[n0 + i];
+        for (int64_t t = 0; t < args.m; ++t) {
+            const int64_t to = t * args.n + n0;
+            float *y = out + t * FEATURES_FEW, *z = twice ? y + args.m * FEATURES_FEW : y;
+            if (twice)
+                for (int64_t i = 0; i < count; ++i) z[i] *= (float)args.keep_scale;
+            if (args.z) from_f32(z, count, args.z, args.dtype, to);
+            if (twice)
+                for (int64_t i = 0; i < count; ++i) y[i] += (column[i] - 1.0f) * z[i];
+            else if (dora)
+                for (int64_t i = 0; i < count; ++i) y[i] *= column[i];
+            if (args.bias)
+                for (int64_t i = 0; i < count; ++i) y[i] += args.bias[n0 + i];
+            from_f32(y, count, args.y, args.dtype, to);
+        }
+    }
+
+    void run() {
+        int64_t* counter = shared.counters;
+        for (int64_t t; (t = next_piece(counter)) < args.m;) prepare(t);
+        team_barrier(args);
+        for (int64_t j; (j = next_piece(counter + 1) * TILE_ROWS) < rank;) {
+            const int64_t some = min64(TILE_ROWS, args.r - j);
+            if (some > 0) hidden(j, some);
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int64_t i = j + max64(some, 0); i < min64(rank, j + TILE_ROWS); ++i) scaled_h[t * rank + i] = 0;
+        }
+        team_barrier(args);
+        for (int64_t i; (i = next_piece(counter + 2) * FEATURES_FEW) < args.n;)
+            rows(i, min64(FEATURES_FEW, args.n - i));
+    }
+};
+
+}  // namespace
+
+#endif
