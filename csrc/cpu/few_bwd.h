@@ -352,7 +352,11 @@ struct FewBackward {
 
     // The tile's scales are taken row by row: rows are far apart where there are few columns.
     void decode_tile(Source& source, int64_t n0, int64_t some, int64_t k0, int64_t columns, float* buffer) {
-        if (!args.absmax_codes) return tile_bwd<PAIR>(source, n0, n0 + some, k0, columns, TILE_FEW, tile);
+        if (!args.absmax_codes) {
+            for (int64_t j = 0; j < columns; j += PANEL)
+                panel_bwd<PAIR>(source, n0, n0 + some, k0 + j, min64(PANEL, columns - j), TILE_FEW, tile + j);
+            return;
+        }
         for (int64_t n = n0; n < n0 + some; n += 1 + PAIR) {
             const int64_t stop = min64(n + 1 + PAIR, n0 + some);
             uint16_t halves[2][TILE_FEW];

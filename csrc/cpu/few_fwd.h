@@ -12,7 +12,7 @@ namespace {
 enum {
     FEATURES_FEW = 24,     // rows of w in one piece of work, a multiple of every R
     CHUNK_BYTES = 16384,   // of one group's x that is used again and again: half a small L1 cache
-    TILE_ROWS = 4,         // rows decoded at once where a tile is needed
+    DECODE_ROWS = 4,         // rows decoded at once where a tile is needed
     TILE_COLUMNS = 512,
 };
 
@@ -201,7 +201,7 @@ struct FewForward {
         Arena arena(memory);
         bits = arena.take(drop ? ceil_div(args.k, 32) + 1 : 0);
         scales = arena.take(args.absmax_codes ? FEATURES_FEW * args.k / args.blocksize + 2 : 0);
-        tile = arena.take(TILE_ROWS * (TILE_COLUMNS + W));
+        tile = arena.take(DECODE_ROWS * (TILE_COLUMNS + W));
         b_rows = arena.take(rank != args.r ? FEATURES_FEW * rank : 0);
         part = arena.take(tokens * FEATURES_FEW + 16);
         out = arena.take(tokens * FEATURES_FEW);
@@ -237,7 +237,7 @@ struct FewForward {
 
     // h of rows j .. j + count of a; K in chunks, so that no sum is long.
     void hidden(int64_t j, int64_t count) {
-        float sums[GROUP * TILE_ROWS + 16];
+        float sums[GROUP * DECODE_ROWS + 16];
         const int64_t whole = args.k / (2 * W) * (2 * W), ld = ld_natural();
         for (int64_t group = 0; group < own.count; ++group)
             with_tokens(own.size(group), [&](auto tag) {
@@ -311,8 +311,8 @@ struct FewForward {
     void tile_rows(Source& source, int64_t n0, int64_t count, int64_t k, int64_t some, Adapter adapter) {
         enum { LD = TILE_COLUMNS + W };
         const int64_t stop = min64(args.k, k + some), here = stop - k;
-        for (int64_t i = 0; i < count; i += TILE_ROWS) {
-            const int64_t together = min64(TILE_ROWS, count - i);
+        for (int64_t i = 0; i < count; i += DECODE_ROWS) {
+            const int64_t together = min64(DECODE_ROWS, count - i);
             for (int64_t row = 0; row < together; ++row) {
                 float* dst = tile + row * LD;
                 if (PAIR) {
@@ -381,11 +381,11 @@ struct FewForward {
         int64_t* counter = shared.counters;
         for (int64_t t; (t = next_piece(counter)) < args.m;) prepare(t);
         team_barrier(args);
-        for (int64_t j; (j = next_piece(counter + 1) * TILE_ROWS) < rank;) {
-            const int64_t some = min64(TILE_ROWS, args.r - j);
+        for (int64_t j; (j = next_piece(counter + 1) * DECODE_ROWS) < rank;) {
+            const int64_t some = min64(DECODE_ROWS, args.r - j);
             if (some > 0) hidden(j, some);
             for (int64_t t = 0; t < tokens; ++t)
-                for (int64_t i = j + max64(some, 0); i < min64(rank, j + TILE_ROWS); ++i) scaled_h[t * rank + i] = 0;
+                for (int64_t i = j + max64(some, 0); i < min64(rank, j + DECODE_ROWS); ++i) scaled_h[t * rank + i] = 0;
         }
         team_barrier(args);
         for (int64_t i; (i = next_piece(counter + 2) * FEATURES_FEW) < args.n;)
