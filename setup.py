@@ -28,6 +28,7 @@ REASON = "cpu_build_failed.txt"  # fastlora/backends/_cpu_library.py shows its t
 # No -march: each tier's source names its own target. No contraction: products that feed sums must round twice.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-strict-aliasing", "-w"]
+FLAGS += ["-falign-loops=64"]  # worth up to 2 % of the matrix kernel
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere it would bring a second OpenMP runtime
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.contenders import Built, Contender, Missing, Observed
 from benchmarks.oracle import MASK_SEED, Drop, Inputs
 
 _SEED = 20260101
+PLANS = ("merge", "split", "dense", "fused", "skinny")
 
 
 def _package() -> Any:
@@ -64,7 +66,7 @@ def _observe(layer: Any, p: float, x: Tensor) -> Observed:
     torch.manual_seed(_SEED)
     y = layer(x)
     torch.manual_seed(_SEED)
-    seed = torch.ops.fastlora.draw_seed(x.device)
+    seed = torch.ops.fastlora.draw_seed(torch.empty((1,), dtype=torch.int64, device=x.device))
     m, k = x.shape
     bits = philox.dropout_bits(seed, 0, m, k, p, device=x.device)
     return Observed(y, Drop(philox.unpack_bits(bits, k), philox.keep_scale(p)))
@@ -108,8 +110,8 @@ def _build_norm(case: Case, inputs: Inputs, copies: int) -> Built:
     return Built(list(calls), [{} for _ in range(copies)])
 
 
-def _build_function(case: Case, inputs: Inputs, copies: int) -> Built:
-    """`functional.lora_linear` or `qlora_linear` on plain tensors."""
+def _build_function(case: Case, inputs: Inputs, copies: int, backend: str | None = None) -> Built:
+    """`functional.lora_linear` or `qlora_linear` on plain tensors; with a backend, forced in both directions."""
     functional = _package().functional
     linear = functional.qlora_linear if case.quant else functional.lora_linear
     layers, leaves = [], []
@@ -117,15 +119,48 @@ def _build_function(case: Case, inputs: Inputs, copies: int) -> Built:
         weight = _quantized(case, inputs) if case.quant else inputs.w.clone()
         given = {"da": inputs.a, "db": inputs.b} | ({"dmag": inputs.mag} if inputs.mag is not None else {})
         own = {name: value.clone().requires_grad_(case.train) for name, value in given.items()}
-        call = functools.partial(_call, linear, weight, own, case)
+        call = functools.partial(_call, linear, weight, own, case, backend)
         layers.append(call)
         leaves.append(own)
     return Built(layers, leaves, observe=functools.partial(_observe, layers[0], case.p))
 
 
-def _call(linear: Any, weight: Any, own: dict[str, Tensor], case: Case, x: Tensor) -> Tensor:
+def _call(linear: Any, weight: Any, own: dict[str, Tensor], case: Case, backend: str | None, x: Tensor) -> Tensor:
     p = case.p if case.train else 0.0
-    return linear(x, weight, own["da"], own["db"], case.scale, dropout_p=p, magnitude=own.get("dmag"))
+    return linear(x, weight, own["da"], own["db"], case.scale, dropout_p=p, magnitude=own.get("dmag"), backend=backend)
+
+
+def _plan_takes(plan: str, case: Case) -> bool:
+    """Whether the Triton backend's plan is meant for the case; that it cannot run here at all does not count.
+
+    Only cases with a target: on every case the plans' compilation alone would use up the report's time.
+    """
+    if case.op != "linear" or case.target is None:
+        return False
+    package = _package()
+    from fastlora.dispatch import registry
+    from fastlora.problem import DENSE, DORA, DROPOUT, Format, Problem
+
+    package.backends.load()
+    fmt = Format(case.quant, 64, case.nested) if case.quant else DENSE
+    flags = (DROPOUT if case.p else 0) | (DORA if case.dora else 0)
+    problem = Problem("lora_fwd", case.m, case.n, case.k, case.r, case.dtype, torch.float32, fmt, flags, "cuda")
+    for kernel in registry.kernels("lora_fwd"):
+        if (kernel.backend, kernel.plan) == ("triton", plan):
+            limits = dataclasses.replace(kernel.limits, missing=lambda: "", devices=None)
+            return not registry.why_not(dataclasses.replace(kernel, limits=limits), problem)
+    return False
+
+
+def _build_plan(case: Case, inputs: Inputs, copies: int, plan: str) -> Built:
+    """The functional form, one plan forced."""
+    package = _package()
+    built = _build_function(case, inputs, copies, f"triton:{plan}")
+    try:
+        built.layers[0](inputs.x)  # compiles; what cannot run at all says why
+    except package.UnsupportedError as error:
+        raise Missing("; ".join(why for reasons in error.reasons.values() for why in reasons)) from error
+    return built
 
 
 def _build_quantize(case: Case, inputs: Inputs, copies: int) -> Built:
@@ -164,7 +199,16 @@ def function() -> Contender:
 
 
 def ours() -> list[Contender]:
-    """fastlora's layers with fp32 adapters (the default) and with 16-bit ones, and its ops."""
+    """fastlora's layers with fp32 adapters (the default) and with 16-bit ones, its ops, and each plan forced."""
+    plans = [
+        Contender(
+            f"fastlora:{plan}",
+            "plan",
+            functools.partial(_plan_takes, plan),
+            functools.partial(_build_plan, plan=plan),
+        )
+        for plan in PLANS
+    ]
     return [
         Contender("fastlora", "ours", lambda case: case.op == "linear", functools.partial(_build, same_dtype=False)),
         Contender(
@@ -177,4 +221,5 @@ def ours() -> list[Contender]:
         Contender("fastlora", "ours", lambda case: case.op == "dora_norm", _build_norm),
         Contender("fastlora", "ours", lambda case: case.op == "quantize", _build_quantize),
         Contender("fastlora", "ours", lambda case: case.op == "dropout_mask", _build_mask),
+        *plans,
     ]

@@ -14,6 +14,7 @@ SHARED = 8  # DoRA's base term sees the dropped x's undropped twin: y = c * (x w
 TRAIN = 16  # h (and the mask, and DoRA's z) are returned for the backward
 NEED_DX, NEED_DA, NEED_DB, NEED_DMAG, NEED_DBIAS = 32, 64, 128, 256, 512
 SAVE_MASK = 1024  # the forward returns its dropout bits (otherwise the backward redraws them)
+LAZY_H = 2048  # the forward does not return h: the backward forms it from x, in the pass that forms da
 
 FLAG_NAMES = {
     BIAS: "bias",
@@ -27,6 +28,7 @@ FLAG_NAMES = {
     NEED_DMAG: "dmag",
     NEED_DBIAS: "dbias",
     SAVE_MASK: "mask",
+    LAZY_H: "lazy-h",
 }
 
 

@@ -22,12 +22,18 @@ class Settings:
         cpu_tier: force an instruction tier of the CPU library, "avx512", "avx2" or "scalar"; FASTLORA_CPU_TIER.
         low_memory: keep only the dropout seed, redraw the mask in the backward; FASTLORA_LOW_MEMORY=1.
         merge: allow plans that merge the adapter into the dequantized weight; FASTLORA_MERGE=0 forbids them.
+        triton_interpret: Triton kernels run in its interpreter, on CPU tensors; TRITON_INTERPRET=1 at the start.
+        tune: measure the able kernels of a new problem once and remember the fastest; FASTLORA_TUNE=1.
+        tune_cache: the file that remembers; FASTLORA_TUNE_CACHE ("" is fastlora/tuning.json in the user's cache folder).
     """
 
     backend: str = ""
     cpu_tier: str = ""
     low_memory: bool = False
     merge: bool = True
+    triton_interpret: bool = False
+    tune: bool = False
+    tune_cache: str = ""
 
 
 def _flag(name: str, default: bool) -> bool:
@@ -45,6 +51,9 @@ def _from_environment() -> Settings:
         cpu_tier=os.environ.get("FASTLORA_CPU_TIER", ""),
         low_memory=_flag("FASTLORA_LOW_MEMORY", False),
         merge=_flag("FASTLORA_MERGE", True),
+        triton_interpret=_flag("TRITON_INTERPRET", False),
+        tune=_flag("FASTLORA_TUNE", False),
+        tune_cache=os.environ.get("FASTLORA_TUNE_CACHE", ""),
     )
 
 

@@ -159,15 +159,20 @@ def oracle(case: Case, inputs: Inputs) -> Truth:
     return Truth(outputs, z, c, norm, reference.drop(x, dropout))
 
 
-def eager(case: Case, inputs: Inputs) -> Outputs:
-    """The same mathematics in plain PyTorch at the case's dtypes, gradients by autograd: the budget's allowance."""
+def eager(case: Case, inputs: Inputs, autocast: bool = False) -> Outputs:
+    """The same mathematics in plain PyTorch at the case's dtypes, gradients by autograd: the budget's allowance.
+
+    Where adapters are wider than x, x is widened for them (as PEFT does), or with `autocast` they are rounded to the
+    dtype of x (as autocast does).
+    """
     given = (inputs.x, inputs.a, inputs.b, inputs.mag, inputs.bias)
     leaves = [None if t is None else t.clone().requires_grad_() for t in given]
     x, a, b, mag, bias = leaves
     assert x is not None and a is not None and b is not None
     w = inputs.w.to(case.dtype)
     xd = x if inputs.keep is None else x * inputs.keep * philox.keep_scale(case.p)
-    delta = F.linear(F.linear(xd.to(a.dtype), a), b) * case.scale
+    narrow = case.dtype if autocast else a.dtype
+    delta = F.linear(F.linear(xd.to(narrow), a.to(narrow)), b.to(narrow)) * case.scale
     base = F.linear(x, w)
     if mag is None:
         y = base + delta
@@ -191,10 +196,10 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(t.shape[0], -1) if t.dim() > 1 else t.reshape(-1, 1)
 
 
-def judge(case: Case, inputs: Inputs, out: Outputs, truth: Truth | None = None) -> list[str]:
-    """Every violation of the budget, in words; empty when all is within it."""
+def judge(case: Case, inputs: Inputs, out: Outputs, truth: Truth | None = None, *, autocast: bool = False) -> list[str]:
+    """Every violation of the budget, in words; empty when all is within it. `autocast`: see `eager`."""
     truth = truth or oracle(case, inputs)
-    allowance = eager(case, inputs)
+    allowance = eager(case, inputs, autocast)
     x, dy, a, b = inputs.x.double(), inputs.dy.double(), inputs.a.double(), inputs.b.double()
     d, xd = dy * truth.c, truth.xd
     operands = {

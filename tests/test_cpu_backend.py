@@ -3,11 +3,13 @@ the fp64 oracle within rounding."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import multiprocessing
 import os
 import pathlib
 import resource
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -330,6 +332,19 @@ def test_more_tiles_chunks_and_long_sums(tier: str) -> None:
         check(Case(17, 203, 1100, 5, dtype, fmt, flags, torch.float32), tier)
 
 
+def test_edges_of_panels_and_groups_of_tokens(tier: str) -> None:
+    """Every remainder of the register block's rows and lanes, of whole and of broken 4-bit blocks."""
+    torch.manual_seed(6)
+    needs = ALL_NEEDS & ~NEED_DMAG
+    for dtype, fmt in ((torch.float32, "nested"), (torch.bfloat16, "fp4"), (torch.bfloat16, "dense")):
+        for m in (10, 11, 12, 13, 14, 15, 23, 25):
+            check(Case(m, 64 + 16 * (m % 4) + m, 128, 8, dtype, fmt, TRAIN | needs, torch.float32), tier)
+            check(Case(m, 96, 32 * (m % 7 + 1), 17, dtype, fmt, MODES["drop"] | TRAIN | needs, torch.float32), tier)
+    for dtype in DTYPES:  # tiles that end inside a depth block, rows of one cache set, odd rows
+        check(Case(70, 1024, 1024, 16, dtype, "nf4", TRAIN | needs, torch.float32), tier)
+        check(Case(31, 129, 520, 33, dtype, "dense", MODES["drop"] | TRAIN | needs, torch.float32), tier)
+
+
 def test_small_batches_of_wide_layers(tier: str) -> None:
     torch.manual_seed(2)
     for m, dtype, fmt in itertools.product(range(1, 18), DTYPES, ("dense", "nested", "fp4")):
@@ -413,6 +428,31 @@ def test_repeated_calls_do_not_grow(tier: str) -> None:
     for _ in range(20):
         once()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before <= 2048  # KiB
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["lora", "drop", "dora-peft"])
+def test_scratch_is_bounded(tier: str, dtype: torch.dtype, mode: str) -> None:
+    """One forward of 512 tokens: a decoded tile, an fp32 copy of x (and of the dropped x), and a MiB; never the weight."""
+    m, n, k, r = 512, 1536, 1024, 16
+    case = Case(m, n, k, r, dtype, "nested", MODES[mode] | TRAIN, torch.float32)
+    held = ctypes.CDLL(str(_cpu_library.DIRECTORY / _cpu_library.LIBRARY_NAME)).fl_scratch_bytes
+    held.restype = ctypes.c_int64
+    seen: list[int] = []
+
+    def once() -> None:  # scratch belongs to the calling thread: a fresh one has none
+        torch.set_num_threads(1)
+        seen.append(held())
+        case.forward()
+        seen.append(held())
+
+    thread = threading.Thread(target=once)
+    thread.start()
+    thread.join()
+    tile, copy = 128 * 256 * 4, 4 * m * k * (2 if mode == "dora-peft" and dtype != torch.float32 else 1)
+    assert seen[0] == 0
+    assert 0 < seen[1] <= tile + copy + (1 << 20)
+    assert seen[1] < 4 * n * k
 
 
 def _checksum() -> float:

@@ -155,15 +155,6 @@ def test_version_is_said_once():
     assert re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1] == fastlora.__version__
 
 
-def test_readme_snippets_run():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    names: dict[str, object] = {}
-    snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(snippets) >= 3
-    for snippet in snippets:
-        exec(snippet, names)
-
-
 def test_readme_names_every_setting():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     source = (ROOT / "fastlora/settings.py").read_text(encoding="utf-8")
@@ -213,6 +204,7 @@ def test_explain_names_a_kernel(capsys, extra):
         (["explain", "-n", "8", "-k", "8"], 2, "'-m'"),
         (["demo", "--steps", "0"], 1, "steps must be at least 1, got 0"),
         (["demo", "--json", "no/such/folder/result.json"], 1, "no such folder"),
+        (["explain", "-m", "8", "-n", "8", "-k", "8", "--device", "tpu"], 1, "'tpu'; known: cpu, cuda"),
         (["fly"], 2, "'fly'"),
     ],
 )
@@ -229,7 +221,7 @@ def test_interrupt_is_130(capsys, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastlora.cli.explain.registry.explain", interrupted)
+    monkeypatch.setattr("fastlora.dispatch.registry.explain", interrupted)
     assert cli.run(["explain", "-m", "8", "-n", "8", "-k", "8", "--device", "cpu"]) == 130
     assert capsys.readouterr().err == "fastlora: interrupted\n"
 

@@ -70,7 +70,7 @@ def test_opcheck(sample):
 def test_opcheck_draw_seed():
     # Its value is random by design, so only its schema and fake are checkable.
     checks = ("test_schema", "test_faketensor")
-    results = torch.library.opcheck(ops.draw_seed.default, (torch.device("cpu"),), test_utils=checks)
+    results = torch.library.opcheck(ops.draw_seed.default, (torch.empty(1, dtype=torch.int64),), test_utils=checks)
     assert set(results.values()) == {"SUCCESS"}
     assert torch.Tag.nondeterministic_seeded in ops.draw_seed.default.tags
 
@@ -182,8 +182,21 @@ def test_double_backward_and_torch_func_are_refused():
         dx.sum().backward()
     with pytest.raises(RuntimeError):
         torch.func.vmap(torch.func.grad(lambda v: layer(v).sum()))(torch.randn(3, K))
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda v: layer(v), (x.detach(),), (torch.ones_like(x),))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="[Bb]atching"):
+        torch.func.vmap(layer)(torch.randn(3, K))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_forward_mode_is_refused_never_zero(frozen, quantized):
+    layer = (fastlora.QLoraLinear if quantized else fastlora.LoraLinear)(K, N, r=R).requires_grad_(not frozen)
+    x = torch.randn(2, K)
+    with pytest.raises(UnsupportedError, match="forward-mode"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        with pytest.raises(UnsupportedError, match="forward-mode"):
+            layer(torch.autograd.forward_ad.make_dual(x, x))
+        assert layer(x).shape == (2, N)  # without a tangent it runs
 
 
 def test_autocast_uses_its_dtype_and_returns_x_gradients_in_fp32():

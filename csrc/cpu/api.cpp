@@ -17,7 +17,8 @@ namespace {
 
 struct Buffer {
     float* data = nullptr;
-    int64_t floats = 0;
+    int64_t floats = 0;  // it can hold
+    int64_t asked = 0;   // at most, so far
     ~Buffer() { free(data); }
 };
 thread_local Buffer buffers[SCRATCH_SLOTS];
@@ -117,12 +118,14 @@ int64_t run_team(const Args* given, Phased Tier::*op, double units) {
 
 __attribute__((visibility("hidden"))) float* fl_scratch(int slot, int64_t floats) {
     Buffer& buffer = buffers[slot];
+    if (floats > buffer.asked) buffer.asked = floats;
     if (buffer.floats < floats || !buffer.data) {
         free(buffer.data);
         buffer.data = nullptr;
         buffer.floats = 0;
-        const size_t huge = 2u << 20, bytes = (size_t)(floats + 64) * 4;
-        const size_t align = bytes >= 2 * huge ? huge : 64;
+        // The matrix kernels walk through this memory at once: with small pages the TLB costs them up to a tenth.
+        const size_t huge = 2u << 20, wanted = (size_t)(floats + 64) * 4;
+        const size_t align = wanted >= huge / 16 ? huge : 64, bytes = (wanted + align - 1) / align * align;
         void* data = nullptr;
         if (posix_memalign(&data, align, bytes)) return nullptr;
 #if defined(MADV_HUGEPAGE)
@@ -130,13 +133,21 @@ __attribute__((visibility("hidden"))) float* fl_scratch(int slot, int64_t floats
 #endif
         memset(data, 0, bytes);  // padding rows are multiplied, never used: keep them from being denormal
         buffer.data = (float*)data;
-        buffer.floats = floats;
+        buffer.floats = (int64_t)(bytes / 4) - 64;
     }
     return buffer.data;
 }
 
 FL_API int64_t fl_abi_version() { return FL_ABI_VERSION; }
 FL_API int64_t fl_args_bytes() { return (int64_t)sizeof(Args); }
+
+// The most scratch that calls from this thread have asked for, shared and its own. Large buffers are rounded up to
+// pages of 2 MiB on top.
+FL_API int64_t fl_scratch_bytes() {
+    int64_t bytes = 0;
+    for (const Buffer& buffer : buffers) bytes += buffer.asked * 4;
+    return bytes;
+}
 
 // 1 if this CPU can run the tier and the library holds it.
 FL_API int64_t fl_has_tier(int64_t tier) { return cpu_has(tier) && compiled(tier) != nullptr; }

@@ -12,35 +12,40 @@ template <bool PAIR>
 struct Backward {
     const Args& args;
     Shared& shared;
-    const int64_t units, rank, features, tile_units;
-    const bool drop, dora, twice, need_dx, need_g;
-    // shared; g [m][rank], h_rows [m][rank]
-    float *b_rows, *g_rows, *h_rows, *scaled_g, *packed, *packed_drop, *all_scales, *column;
+    const int64_t units, rank, panels, features, depth;
+    const bool drop, dora, twice, need_dx, need_g, direct;
+    const int64_t stride;  // of a readable row of dy
+    // shared; b_rows [n][rank], g_rows and h_rows [m][rank], scaled_g [tokens][rank], copies of dy and of the other
+    // operand of the base [tokens][stride]
+    float *b_rows, *g_rows, *h_rows, *scaled_g, *copy, *copy_drop, *all_scales, *column;
     // one thread's
-    float *rows, *units_buffer, *panel, *g_panel, *tile, *c1, *c2, *a_rows, *out, *out2, *lanes, *sums;
+    float *rows, *tile, *c1, *c2, *a_rows, *lanes, *sums;
 
     Backward(Shared& s)
         : args(s.args),
           shared(s),
           units(PAIR ? ceil_div(args.n, 2) : args.n),
           rank(padded_rank(args)),
-          features(args.m <= MANY ? (int64_t)FEATURES_BWD_FEW : features_of(args.k, FEATURES_BWD, args.threads)),
-          tile_units(args.m <= MANY ? (int64_t)UNITS_BWD_FEW : (int64_t)Tiled<PAIR>::UNITS),
+          panels(panels_of(args.k, args.threads)),
+          features(panels * PANEL),
+          depth(depth_of(units)),
           drop(args.flags & DROPOUT),
           dora(args.flags & DORA),
           twice(two_bases(args)),
           need_dx(args.flags & NEED_DX),
-          need_g(args.flags & (NEED_DX | NEED_DA)) {}
+          need_g(args.flags & (NEED_DX | NEED_DA)),
+          direct(readable<PAIR>(args.dtype, args.n) && (!dora || twice)),
+          stride(readable<PAIR>(args.dtype, args.n) ? units : padded_units(units)) {}
 
     int64_t carve_shared(float* base) {
         Arena arena(base);
-        const int64_t wide = chunk_lanes(args);
+        const int64_t wide = chunk_tokens(args);
         b_rows = arena.take(need_g && rank != args.r ? args.n * rank : 0);
         g_rows = arena.take(need_g ? args.m * rank : 0);
         h_rows = arena.take((args.flags & NEED_DB) && rank != args.r ? args.m * rank : 0);
         scaled_g = arena.take(need_dx ? wide * rank : 0);
-        packed = arena.take(need_dx ? wide * units : 0);
-        packed_drop = arena.take(need_dx && twice ? wide * units : 0);
+        copy = arena.take(need_dx && !direct ? wide * stride : 0);
+        copy_drop = arena.take(need_dx && twice ? wide * stride : 0);
         all_scales = arena.take(need_dx && args.absmax_codes ? blocks() : 0);
         column = arena.take(dora ? args.n : 0);
         return arena.used;
@@ -48,17 +53,12 @@ struct Backward {
 
     int64_t carve_thread(float* base) {
         Arena arena(base);
-        const int64_t wide = need_dx ? chunk_lanes(args) : 0;
-        rows = arena.take(PANEL * DEPTH);
-        units_buffer = arena.take(PANEL * DEPTH / 2);
-        panel = arena.take(PANEL * DEPTH);
-        g_panel = arena.take(rank * PANEL);
-        tile = arena.take(need_dx ? tile_units * features : 0);
+        const int64_t wide = need_dx ? chunk_tokens(args) : 0;
+        rows = arena.take(2 * PIECE * DEPTH);
+        tile = arena.take(need_dx ? panels * depth * PANEL : 0);
         c1 = arena.take(wide * features);
         c2 = arena.take(drop ? wide * features : 0);
-        a_rows = arena.take((args.r + 1) * features);
-        out = arena.take(PANEL * features);
-        out2 = arena.take(drop ? PANEL * features : 0);
+        a_rows = arena.take(args.r * features);
         lanes = arena.take(DEPTH * LANES);
         sums = arena.take((rank + 3) * LANES);
         return arena.used;
@@ -81,89 +81,96 @@ struct Backward {
             for (int64_t j = 0; j < rank; ++j) dst[i * rank + j] = j < args.r ? src[i * args.r + j] : 0;
     }
 
-    // Pack one panel of dy and form its g.
-    void pack(const Chunk& chunk, int64_t p) {
-        const int64_t tokens = chunk.tokens(p), width = chunk.width(p), row0 = chunk.first + p * PANEL;
-        const float* b = rank != args.r ? b_rows : args.b;
-        memset(g_panel, 0, (size_t)(rank * width) * 4);
-        for (int64_t n0 = 0; n0 < args.n; n0 += DEPTH) {
-            const int64_t count = min64(DEPTH, args.n - n0), at = p * PANEL * units + (PAIR ? n0 / 2 : n0) * width;
-            for (int64_t t = 0; t < tokens; ++t)
-                to_f32(args.dy, args.dtype, (row0 + t) * args.n + n0, count, rows + t * DEPTH);
-            if (need_dx && twice) {
-                put_panel<PAIR>(rows, tokens, count, width, units_buffer, packed + at);
-                scale_rows(tokens, count, column + n0, panel, 1.0f);
-                put_panel<PAIR>(panel, tokens, count, width, units_buffer, packed_drop + at);
-            }
-            if (dora) scale_rows(tokens, count, column + n0, rows, 0.0f);
-            if (need_dx && !twice) put_panel<PAIR>(rows, tokens, count, width, units_buffer, packed + at);
-            to_panel(rows, DEPTH, tokens, count, width, panel);
-            adapter_times_panel(panel, width, width, b + n0 * rank, rank, count, g_panel, width, rank);
+    // Columns [n0, n0 + count) of a token's dy: row becomes dyc; readable copies go where they are needed.
+    void take_row(int64_t token, int64_t t, int64_t n0, int64_t count, float* row, float* other) {
+        const int64_t at = t * stride + (PAIR ? n0 / 2 : n0);
+        to_f32(args.dy, args.dtype, token * args.n + n0, count, row);
+        if (need_dx && twice) {
+            if (!direct) put_row<PAIR>(row, count, copy + at);
+            for (int64_t i = 0; i < count; ++i) other[i] = row[i] * (column[n0 + i] - 1.0f);
+            put_row<PAIR>(other, count, copy_drop + at);
         }
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t j = 0; j < rank; ++j) g_rows[(row0 + t) * rank + j] = g_panel[j * width + t];
-        if (need_dx)
-            for (int64_t i = 0; i < rank * width; ++i) scaled_g[p * PANEL * rank + i] = g_panel[i] * (float)args.scale;
+        if (dora)
+            for (int64_t i = 0; i < count; ++i) row[i] *= column[n0 + i];
+        if (need_dx && !twice && !direct) put_row<PAIR>(row, count, copy + at);
     }
 
-    void scale_rows(int64_t tokens, int64_t count, const float* c, float* dst, float less) {
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t i = 0; i < count; ++i) dst[t * DEPTH + i] = rows[t * DEPTH + i] * (c[i] - less);
+    // g of a piece of tokens, and their readable rows.
+    void form_g(const Chunk& chunk, int64_t piece) {
+        const int64_t t0 = piece * PIECE, tokens = min64(PIECE, chunk.count - t0), row0 = chunk.first + t0;
+        const float* b = rank != args.r ? b_rows : args.b;
+        float* g = g_rows + row0 * rank;
+        memset(g, 0, (size_t)(tokens * rank) * 4);
+        for (int64_t n0 = 0; n0 < args.n; n0 += DEPTH) {
+            const int64_t count = min64(DEPTH, args.n - n0);
+            const float* dy = (const float*)args.dy + row0 * args.n + n0;
+            int64_t ld = args.n;
+            if (args.dtype != F32 || dora || crowded(args.n)) {
+                for (int64_t t = 0; t < tokens; ++t)
+                    take_row(row0 + t, t0 + t, n0, count, rows + t * DEPTH, rows + (PIECE + t) * DEPTH);
+                dy = rows, ld = DEPTH;
+            }
+            rows_times_rank(tokens, rank, b + n0 * rank, rank, dy, ld, count, g, rank);
+        }
+        if (need_dx)
+            for (int64_t i = 0; i < tokens * rank; ++i) scaled_g[t0 * rank + i] = g[i] * (float)args.scale;
     }
 
     void dx_tile(const Chunk& chunk, int64_t index) {
         const int64_t k0 = index * features, count = min64(features, args.k - k0);
-        const size_t bytes = (size_t)(chunk.panels() * PANEL * features) * 4;
+        const float* dy = direct ? (const float*)args.dy + chunk.first * stride : copy;
         Source source(args);
         if (args.absmax_codes) source.scales = all_scales;
-        memset(c1, 0, bytes);
-        if (drop) memset(c2, 0, bytes);
-        for (int64_t unit = 0; unit < units; unit += tile_units) {
-            const int64_t depth = min64(tile_units, units - unit), n0 = unit * (1 + PAIR);
-            tile_bwd<PAIR>(source, n0, min64(args.n, n0 + tile_units * (1 + PAIR)), k0, count, features, tile);
-            for (int64_t p = 0; p < chunk.panels(); ++p) {
-                const int64_t width = chunk.width(p), at = p * PANEL * units + unit * width, c = p * PANEL * features;
-                tile_times_panel<1, PAIR>(packed + at, width, tile, features, depth, c1 + c, count);
-                if (twice) tile_times_panel<1, PAIR>(packed_drop + at, width, tile, features, depth, c2 + c, count);
-            }
+        for (int64_t unit = 0; unit < units; unit += depth) {
+            const int64_t steps = min64(depth, units - unit), n0 = unit * (1 + PAIR);
+            for (int64_t j = 0; j < count; j += PANEL)
+                panel_bwd<PAIR>(source, n0, min64(args.n, n0 + steps * (1 + PAIR)), k0 + j, min64(PANEL, count - j),
+                                PANEL, tile + j * depth);
+            rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, dy + unit, stride, steps, c1,
+                                  features, unit > 0);
+            if (twice)
+                rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, copy_drop + unit, stride, steps,
+                                      c2, features, unit > 0);
         }
-        for (int64_t j = 0; j < args.r; ++j) memcpy(a_rows + j * features, args.a + j * args.k + k0, (size_t)count * 4);
-        for (int64_t p = 0; p < chunk.panels(); ++p) {
-            float* c = (drop ? c2 : c1) + p * PANEL * features;
-            tile_times_panel<1, false>(scaled_g + p * PANEL * rank, chunk.width(p), a_rows, features, args.r, c, count);
-            finish_dx(chunk, p, k0, count);
-        }
+        put_panels(args.a + k0, args.r, count, args.k, a_rows);
+        if (args.r || (drop && !twice))
+            rows_times_tile<false>(chunk.count, count, a_rows, args.r * PANEL, scaled_g, rank, args.r, drop ? c2 : c1,
+                                   features, !drop || twice);
+        for (int64_t t = 0; t < chunk.count; ++t)
+            finish_dx(chunk.first + t, c1 + t * features, c2 + t * features, k0, count);
     }
 
-    void finish_dx(const Chunk& chunk, int64_t p, int64_t k0, int64_t count) {
-        const int64_t tokens = chunk.tokens(p), width = chunk.width(p), groups = ceil_div(args.k, 8);
-        from_panel(c1 + p * PANEL * features, count, width, tokens, out, features);
-        if (drop) from_panel(c2 + p * PANEL * features, count, width, tokens, out2, features);
+    void finish_dx(int64_t row, float* dx, float* masked, int64_t k0, int64_t count) {
+        if (drop) {
+            apply_mask(masked, args.mask + row * ceil_div(args.k, 8), k0, count, masked);
+            for (int64_t i = 0; i < count; ++i) dx[i] += (float)args.keep_scale * masked[i];
+        }
+        from_f32(dx, count, args.dx, args.dtype, row * args.k + k0);
+    }
+
+    // Tokens [m0, m0 + depth) by columns [from, from + count) of x or dy in groups of W lanes: [LANES / W][DEPTH][W].
+    void take_lanes(const void* src, int64_t columns, int64_t m0, int64_t tokens, int64_t from, int64_t count,
+                    const uint8_t* mask) {
+        enum { AHEAD = 8 };  // rows: each is a stretch of its own, too short for the hardware to foresee
+        float row[LANES] = {};
         for (int64_t t = 0; t < tokens; ++t) {
-            const int64_t row = chunk.first + p * PANEL + t;
-            float *y = out + t * features, *masked = out2 + t * features;
-            if (drop) {
-                apply_mask(masked, args.mask + row * groups, k0, count, masked);
-                for (int64_t i = 0; i < count; ++i) y[i] += (float)args.keep_scale * masked[i];
-            }
-            from_f32(y, count, args.dx, args.dtype, row * args.k + k0);
+            const char* ahead = (const char*)at(src, args.dtype, (m0 + t + AHEAD) * columns + from);
+            for (int64_t i = 0; i < count * item_size(args.dtype); i += 64) __builtin_prefetch(ahead + i);
+            to_f32(src, args.dtype, (m0 + t) * columns + from, count, row);
+            if (mask) apply_mask(row, mask + (m0 + t) * ceil_div(columns, 8), from, count, row);
+            for (int64_t j = 0; j < count; j += W) vstore(lanes + j * DEPTH + t * W, vload(row + j));
         }
     }
 
     // da[:, k0 .. k0 + LANES)
     void da_piece(int64_t index) {
-        const int64_t k0 = index * LANES, count = min64(LANES, args.k - k0), groups = ceil_div(args.k, 8);
+        const int64_t k0 = index * LANES, count = min64(LANES, args.k - k0);
         const float factor = (float)args.scale * (float)args.keep_scale;
         memset(sums, 0, (size_t)(rank * LANES) * 4);
         for (int64_t m0 = 0; m0 < args.m; m0 += DEPTH) {
-            const int64_t depth = min64(DEPTH, args.m - m0);
-            for (int64_t t = 0; t < depth; ++t) {
-                float* row = lanes + t * LANES;
-                to_f32(args.x, args.dtype, (m0 + t) * args.k + k0, count, row);
-                if (drop) apply_mask(row, args.mask + (m0 + t) * groups, k0, count, row);
-            }
-            for (int64_t j = 0; j < count; j += PANEL)
-                adapter_times_panel(lanes + j, LANES, PANEL, g_rows + m0 * rank, rank, depth, sums + j, LANES, rank);
+            const int64_t tokens = min64(DEPTH, args.m - m0);
+            take_lanes(args.x, args.k, m0, tokens, k0, count, drop ? args.mask : nullptr);
+            rank_times_lanes(args.r, count, lanes, g_rows + m0 * rank, rank, tokens, sums);
         }
         for (int64_t j = 0; j < args.r; ++j)
             for (int64_t i = 0; i < count; ++i) args.da[j * args.k + k0 + i] = factor * sums[j * LANES + i];
@@ -176,14 +183,13 @@ struct Backward {
         float *bias = sums + rank * LANES, *mag = bias + LANES, *block = mag + LANES;
         memset(sums, 0, (size_t)((rank + 3) * LANES) * 4);
         for (int64_t m0 = 0; m0 < args.m; m0 += DEPTH) {
-            const int64_t depth = min64(DEPTH, args.m - m0);
-            for (int64_t t = 0; t < depth; ++t)
-                to_f32(args.dy, args.dtype, (m0 + t) * args.n + n0, count, lanes + t * LANES);
-            if (args.flags & NEED_DB)
-                for (int64_t j = 0; j < count; j += PANEL)
-                    adapter_times_panel(lanes + j, LANES, PANEL, h + m0 * rank, rank, depth, sums + j, LANES, rank);
-            if (args.flags & NEED_DBIAS) add_column_sums(m0, depth, n0, count, false, block, bias);
-            if (args.flags & NEED_DMAG) add_column_sums(m0, depth, n0, count, true, block, mag);
+            const int64_t tokens = min64(DEPTH, args.m - m0);
+            if (args.flags & NEED_DB) {
+                take_lanes(args.dy, args.n, m0, tokens, n0, count, nullptr);
+                rank_times_lanes(args.r, count, lanes, h + m0 * rank, rank, tokens, sums);
+            }
+            if (args.flags & NEED_DBIAS) add_column_sums(m0, tokens, n0, count, false, block, bias);
+            if (args.flags & NEED_DMAG) add_column_sums(m0, tokens, n0, count, true, block, mag);
         }
         for (int64_t i = 0; i < count; ++i) {
             const int64_t n = n0 + i;
@@ -196,12 +202,12 @@ struct Backward {
     }
 
     // total += sum over the block's tokens of dy, or of dy o z: a partial sum a block keeps long sums accurate.
-    void add_column_sums(int64_t m0, int64_t depth, int64_t n0, int64_t count, bool times_z, float* block,
+    void add_column_sums(int64_t m0, int64_t tokens, int64_t n0, int64_t count, bool times_z, float* block,
                          float* total) {
-        float z[LANES];
+        float dy[LANES], z[LANES];
         memset(block, 0, LANES * 4);
-        for (int64_t t = 0; t < depth; ++t) {
-            const float* dy = lanes + t * LANES;
+        for (int64_t t = 0; t < tokens; ++t) {
+            to_f32(args.dy, args.dtype, (m0 + t) * args.n + n0, count, dy);
             if (times_z) {
                 to_f32(args.z, args.dtype, (m0 + t) * args.n + n0, count, z);
                 for (int64_t i = 0; i < count; ++i) block[i] += dy[i] * z[i];
@@ -221,7 +227,7 @@ struct Backward {
         const int64_t tiles = need_dx ? ceil_div(args.k, features) : 0;
         for (int64_t index = 0; need_g && index < chunks_of(args); ++index, counter += 2) {
             const Chunk chunk = chunk_at(args, index);
-            for (int64_t p; (p = next_piece(counter)) < chunk.panels();) pack(chunk, p);
+            for (int64_t i; (i = next_piece(counter)) < chunk.pieces();) form_g(chunk, i);
             team_barrier(args);
             for (int64_t i; (i = next_piece(counter + 1)) < tiles;) dx_tile(chunk, i);
             if (index + 1 < chunks_of(args)) team_barrier(args);

@@ -1,90 +1,175 @@
-// The one matrix kernel. Lanes run over a "panel" of up to 2 W columns (tokens, or features where a gradient reduces
-// over tokens), rows over scalars that are broadcast from a decoded weight tile:
-//     C[row][lane] += sum_d P[d][lane] * w[row, d]
-// PAIR: P and w hold two bf16 a 32-bit unit and d counts units. Every call sums its own steps from zero and adds them to
-// C once: a long reduction in blocks of DEPTH or so keeps its error near that of one block.
+// The matrix kernels. Lanes run over a panel of up to PANEL columns of a decoded weight tile; rows are tokens, read
+// where they lie and broadcast, so neither the activations nor the result are transposed or packed:
+//     C[token][lane] (+)= sum_d x[token][d] * P[d][lane]
+// PAIR: x and P hold two bf16 a 32-bit unit and d counts units. Every call sums its own steps from zero and adds them
+// to C once: a long reduction in blocks of DEPTH keeps its error near that of one block.
 #ifndef FASTLORA_CPU_GEMM_H
 #define FASTLORA_CPU_GEMM_H
 
 namespace {
 
 enum {
-    PANEL = 2 * W,  // lanes of a full panel
-    DEPTH = 256,    // columns packed at once
-    // Features of a tile, multiples of every tier's ROWS_T1 and ROWS_T2: with few tokens the tile should stay in the L1
-    // cache, with many the packed tokens should be read seldom.
-    MANY = 128,
-    FEATURES_FWD = 96,
-    FEATURES_FWD_FEW = 24,
-    FEATURES_BWD = 192,
-    FEATURES_BWD_FEW = 96,
-    UNITS_BWD_FEW = 64,
-    LANES = 128,  // columns of one piece of a gradient that reduces over tokens
+    PANEL = TILE_VECTORS * W,  // lanes of a full panel
+    DEPTH = 256,               // reduction steps (PAIR: units) of one decoded tile
+    LANES = 8 * W,             // columns of one piece of a gradient that reduces over tokens
+    SHORT = 32,                // steps of an adapter's innermost sum
 };
 
-// Reduction units of one decoded tile, and the row stride of a forward one: not a power of two, so that rows do not
-// share cache sets.
-template <bool PAIR>
-struct Tiled {
-    enum { UNITS = PAIR ? 256 : 128, LD = UNITS + 16 };
-};
-
-// Row r of w starts at w + r * RS; the reduction steps by `step`.
-template <int R, int T, int RS, bool PAIR>
-static void micro(const float* p, int64_t ldp, const float* w, int64_t step, int64_t depth, float* c, int64_t ldc) {
+// R rows and T vectors of lanes; element (i, d) of x is x[i * ldx + d]. C is overwritten unless `add`.
+template <int R, int T, bool PAIR>
+static void micro(const float* p, const float* x, int64_t ldx, int64_t depth, float* c, int64_t ldc, bool add) {
     vf acc[R][T];
     FL_UNROLL
     for (int i = 0; i < R; ++i) {
         FL_UNROLL
         for (int j = 0; j < T; ++j) acc[i][j] = vzero();
     }
-    for (int64_t d = 0; d < depth; ++d, p += ldp, w += step) {
-        vf x[T];
+    for (const float* end = x + depth; x != end; ++x, p += PANEL) {
+        vf w[T];
         FL_UNROLL
-        for (int j = 0; j < T; ++j) x[j] = vload(p + j * W);
+        for (int j = 0; j < T; ++j) w[j] = vload(p + j * W);
         FL_UNROLL
         for (int i = 0; i < R; ++i) {
-            const vf s = vset1(w[i * RS]);
+            const vf s = vset1(x[i * ldx]);
             FL_UNROLL
-            for (int j = 0; j < T; ++j) acc[i][j] = PAIR ? vdot(x[j], s, acc[i][j]) : vfma(x[j], s, acc[i][j]);
+            for (int j = 0; j < T; ++j) acc[i][j] = PAIR ? vdot(w[j], s, acc[i][j]) : vfma(w[j], s, acc[i][j]);
+        }
+    }
+    if (add) {
+        float* from = c;
+        FL_UNROLL
+        for (int i = 0; i < R; ++i, from += ldc) {
+            FL_UNROLL
+            for (int j = 0; j < T; ++j) acc[i][j] = vadd(vload(from + j * W), acc[i][j]);
+        }
+    }
+    FL_UNROLL
+    for (int i = 0; i < R; ++i, c += ldc) {
+        FL_UNROLL
+        for (int j = 0; j < T; ++j) vstore(c + j * W, acc[i][j]);
+    }
+}
+
+template <int R, bool PAIR>
+FL_INLINE void micro_wide(int64_t vectors, const float* p, const float* x, int64_t ldx, int64_t depth, float* c,
+                          int64_t ldc, bool add) {
+    switch (vectors) {
+        case 1:
+            return micro<R, 1, PAIR>(p, x, ldx, depth, c, ldc, add);
+        case 2:
+            if constexpr (TILE_VECTORS > 2) return micro<R, 2, PAIR>(p, x, ldx, depth, c, ldc, add);
+        case 3:
+            if constexpr (TILE_VECTORS > 3) return micro<R, 3, PAIR>(p, x, ldx, depth, c, ldc, add);
+        default:
+            return micro<R, TILE_VECTORS, PAIR>(p, x, ldx, depth, c, ldc, add);
+    }
+}
+
+// `rows` rows of x, at most TILE_ROWS, with one panel of `vectors` vectors.
+template <bool PAIR>
+static void rows_times_panel(int64_t rows, int64_t vectors, const float* p, const float* x, int64_t ldx, int64_t depth,
+                             float* c, int64_t ldc, bool add) {
+    switch (rows) {
+        case 1:
+            return micro_wide<1, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
+        case 2:
+            return micro_wide<2, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
+        case 3:
+            return micro_wide<3, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
+        case 4:
+            if constexpr (TILE_ROWS > 4) return micro_wide<4, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
+        case 5:
+            if constexpr (TILE_ROWS > 5) return micro_wide<5, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
+        default:
+            return micro_wide<TILE_ROWS, PAIR>(vectors, p, x, ldx, depth, c, ldc, add);
+    }
+}
+
+FL_INLINE int64_t vectors_of(int64_t lanes) { return ceil_div(min64(lanes, PANEL), W); }
+
+// A tile of `lanes` columns: panel j of [depth][PANEL] starts at p + j * step.
+template <bool PAIR>
+static void rows_times_tile(int64_t rows, int64_t lanes, const float* p, int64_t step, const float* x, int64_t ldx,
+                            int64_t depth, float* c, int64_t ldc, bool add) {
+    for (int64_t t = 0; t < rows; t += TILE_ROWS)
+        for (int64_t j = 0; j < lanes; j += PANEL)
+            rows_times_panel<PAIR>(min64(TILE_ROWS, rows - t), vectors_of(lanes - j), p + j / PANEL * step, x + t * ldx,
+                                   ldx, depth, c + t * ldc + j, ldc, add);
+}
+
+// --- sums of an adapter ----------------------------------------------------------------------------------------------
+
+// C[i][lane] += sum_d P[d][lane] * x[i * row + d * step], fp32. h and g are small sums of long rows that cancel:
+// summing SHORT steps, then those sums, then the calls (of DEPTH steps) keeps them as exact as a wide dot product.
+template <int R, int T>
+static void short_sums(const float* p, int64_t ldp, const float* x, int64_t row, int64_t step, int64_t depth, float* c,
+                       int64_t ldc) {
+    vf total[R][T];
+    FL_UNROLL
+    for (int i = 0; i < R; ++i) {
+        FL_UNROLL
+        for (int j = 0; j < T; ++j) total[i][j] = vzero();
+    }
+    for (int64_t d = 0; d < depth; d += SHORT) {
+        vf acc[R][T];
+        FL_UNROLL
+        for (int i = 0; i < R; ++i) {
+            FL_UNROLL
+            for (int j = 0; j < T; ++j) acc[i][j] = vzero();
+        }
+        for (int64_t end = min64(SHORT, depth - d); end > 0; --end, p += ldp, x += step) {
+            vf w[T];
+            FL_UNROLL
+            for (int j = 0; j < T; ++j) w[j] = vload(p + j * W);
+            FL_UNROLL
+            for (int i = 0; i < R; ++i) {
+                const vf s = vset1(x[i * row]);
+                FL_UNROLL
+                for (int j = 0; j < T; ++j) acc[i][j] = vfma(w[j], s, acc[i][j]);
+            }
+        }
+        FL_UNROLL
+        for (int i = 0; i < R; ++i) {
+            FL_UNROLL
+            for (int j = 0; j < T; ++j) total[i][j] = vadd(total[i][j], acc[i][j]);
         }
     }
     FL_UNROLL
     for (int i = 0; i < R; ++i) {
         FL_UNROLL
-        for (int j = 0; j < T; ++j) vstore(c + i * ldc + j * W, vadd(vload(c + i * ldc + j * W), acc[i][j]));
+        for (int j = 0; j < T; ++j) vstore(c + i * ldc + j * W, vadd(vload(c + i * ldc + j * W), total[i][j]));
     }
 }
 
-// All rows of a tile with one panel of `width` lanes (W or 2 W); `rows` is rounded up, so C and w are padded.
-template <int RS, bool PAIR>
-static void tile_times_panel(const float* p, int64_t width, const float* w, int64_t step, int64_t depth, float* c,
-                             int64_t rows) {
-    if (width == PANEL)
-        for (int64_t i = 0; i < rows; i += ROWS_T2)
-            micro<ROWS_T2, 2, RS, PAIR>(p, PANEL, w + i * RS, step, depth, c + i * PANEL, PANEL);
-    else
-        for (int64_t i = 0; i < rows; i += ROWS_T1)
-            micro<ROWS_T1, 1, RS, PAIR>(p, W, w + i * RS, step, depth, c + i * W, W);
+template <int R, int T>
+static int64_t short_sums_while(int64_t t, int64_t rows, const float* p, int64_t ldp, const float* x, int64_t ldx,
+                                int64_t depth, float* c, int64_t ldc) {
+    for (; t + R <= rows; t += R) short_sums<R, T>(p, ldp, x + t * ldx, ldx, 1, depth, c + t * ldc, ldc);
+    return t;
 }
 
-// The same for the r rows of an adapter (a multiple of ROWS_ADAPTER), fp32, w stored [depth][rows]. h and g are small sums
-// of long rows that cancel: summing SHORT steps, then those sums, then the blocks keeps them as exact as a wide dot product.
-static void adapter_times_panel(const float* p, int64_t ldp, int64_t width, const float* w, int64_t step, int64_t depth,
-                                float* c, int64_t ldc, int64_t rows) {
-    enum { SHORT = 32 };
-    float block[ROWS_ADAPTER * PANEL];
-    for (int64_t i = 0; i < rows; i += ROWS_ADAPTER) {
-        memset(block, 0, sizeof(block));
-        for (int64_t d = 0; d < depth; d += SHORT) {
-            const int64_t steps = min64(SHORT, depth - d);
-            const float *from = p + d * ldp, *row = w + d * step + i;
-            if (width == PANEL) micro<ROWS_ADAPTER, 2, 1, false>(from, ldp, row, step, steps, block, PANEL);
-            else micro<ROWS_ADAPTER, 1, 1, false>(from, ldp, row, step, steps, block, PANEL);
-        }
-        for (int64_t row = 0; row < ROWS_ADAPTER; ++row)
-            for (int64_t lane = 0; lane < width; ++lane) c[(i + row) * ldc + lane] += block[row * PANEL + lane];
+// C[rows][lanes] += x[rows][depth] P[depth][lanes] for the few lanes of a rank (a multiple of W).
+static void rows_times_rank(int64_t rows, int64_t lanes, const float* p, int64_t ldp, const float* x, int64_t ldx,
+                            int64_t depth, float* c, int64_t ldc) {
+    enum { R = ADAPTER_ROWS };
+    int64_t j = 0;
+    for (; j + 2 * W <= lanes; j += 2 * W) {
+        int64_t t = short_sums_while<R / 2, 2>(0, rows, p + j, ldp, x, ldx, depth, c + j, ldc);
+        short_sums_while<1, 2>(t, rows, p + j, ldp, x, ldx, depth, c + j, ldc);
     }
+    if (j == lanes) return;
+    int64_t t = short_sums_while<R, 1>(0, rows, p + j, ldp, x, ldx, depth, c + j, ldc);
+    t = short_sums_while<R / 3, 1>(t, rows, p + j, ldp, x, ldx, depth, c + j, ldc);
+    short_sums_while<1, 1>(t, rows, p + j, ldp, x, ldx, depth, c + j, ldc);
+}
+
+// C[rank][LANES] += sum over tokens of x[token][rank] (row stride ldx) times P, which lies in groups of W lanes:
+// [LANES / W][DEPTH][W].
+static void rank_times_lanes(int64_t rank, int64_t lanes, const float* p, const float* x, int64_t ldx, int64_t tokens,
+                             float* c) {
+    for (int64_t j = 0; j < lanes; j += W)
+        for (int64_t i = 0; i < rank; i += RANK_ROWS)
+            short_sums<RANK_ROWS, 1>(p + j * DEPTH, W, x + i, 1, ldx, tokens, c + i * LANES + j, LANES);
 }
 
 // --- conversions of row segments -------------------------------------------------------------------------------------
@@ -117,13 +202,13 @@ static void from_f32(const float* src, int64_t count, void* dst, int64_t dtype, 
     for (; i < count; ++i) from_f32_one(src[i], p, dtype, i);
 }
 
-// dst[i] = the mask's bit `from + i` ? src[i] : 0; `bits` is the row's first byte. src may be dst.
+// dst[i] = the mask's bit `from + i` ? src[i] : 0; `bits` is the row's first byte, `from` a multiple of 8; src may be
+// dst.
 static void apply_mask(const float* src, const uint8_t* bits, int64_t from, int64_t count, float* dst) {
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t column = from + i;
-        const uint32_t keep = 0u - ((bits[column >> 3] >> (column & 7)) & 1u);
-        dst[i] = float_of(bits_of(src[i]) & keep);
-    }
+    int64_t i = 0;
+    bits += from >> 3;
+    for (; i + W <= count; i += W) vstore(dst + i, vkeep(vload(src + i), bits_at(bits, i)));
+    for (; i < count; ++i) dst[i] = float_of(bits_of(src[i]) & (0u - ((bits[i >> 3] >> (i & 7)) & 1u)));
 }
 
 // dst[j * ldd + i] = src[i * ld + j], 4-byte units.
@@ -132,23 +217,13 @@ static void transpose(const float* src, int64_t rows, int64_t columns, int64_t l
 #ifdef FL_AVX512
     whole_rows = rows & ~(int64_t)15, whole_columns = columns & ~(int64_t)15;
     for (int64_t j = 0; j < whole_columns; j += 16)
-        for (int64_t i = 0; i < whole_rows; i += 16) transpose_block(src + i * ld + j, ld, dst + j * ldd + i, ldd);
+        for (int64_t i = 0; i < whole_rows; i += 16) {
+            for (int64_t row = i; row < i + 16; ++row) __builtin_prefetch(src + row * ld + j + 32);
+            transpose_block(src + i * ld + j, ld, dst + j * ldd + i, ldd);
+        }
 #endif
     for (int64_t j = 0; j < columns; ++j)
         for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) dst[j * ldd + i] = src[i * ld + j];
-}
-
-// Rows [tokens][count] (row stride ld, 4-byte units) -> panel [count][width]; lanes beyond `tokens` are 0.
-static void to_panel(const float* rows, int64_t ld, int64_t tokens, int64_t count, int64_t width, float* dst) {
-    transpose(rows, tokens, count, ld, dst, width);
-    if (tokens < width)
-        for (int64_t d = 0; d < count; ++d)
-            for (int64_t t = tokens; t < width; ++t) dst[d * width + t] = 0;
-}
-
-// C [rows][width] -> row-major [tokens][ld].
-static void from_panel(const float* c, int64_t rows, int64_t width, int64_t tokens, float* dst, int64_t ld) {
-    transpose(c, rows, tokens, width, dst, ld);
 }
 
 }  // namespace

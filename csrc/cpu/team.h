@@ -17,48 +17,72 @@ struct Arena {
     }
 };
 
-// Tokens that are packed at once: bounds the packed copy, and the accumulators of one tile stay in the L2 cache.
-enum { CHUNK = 512 };
+// Tokens of one pass over the weight: bounds the scratch of a tile. PIECE: tokens one thread prepares at a time.
+enum { CHUNK = 512, PIECE = ADAPTER_ROWS };
 
 struct Chunk {
     int64_t first, count;  // token rows
-    int64_t panels() const { return ceil_div(count, PANEL); }
-    int64_t tokens(int64_t panel) const { return min64(PANEL, count - panel * PANEL); }
-    int64_t width(int64_t panel) const { return tokens(panel) > W ? (int64_t)PANEL : (int64_t)W; }
+    int64_t pieces() const { return ceil_div(count, PIECE); }
 };
 
 FL_INLINE Chunk chunk_at(const Args& args, int64_t index) {
     return Chunk{index * CHUNK, min64(CHUNK, args.m - index * CHUNK)};
 }
 FL_INLINE int64_t chunks_of(const Args& args) { return ceil_div(args.m, CHUNK); }
-FL_INLINE int64_t chunk_lanes(const Args& args) { return round_up(min64(args.m, CHUNK), PANEL); }
-FL_INLINE int64_t padded_rank(const Args& args) { return round_up(args.r, ROWS_ADAPTER); }
+FL_INLINE int64_t chunk_tokens(const Args& args) { return min64(args.m, CHUNK); }
+FL_INLINE int64_t padded_rank(const Args& args) { return round_up(args.r, W); }
 
-// Fewer features a tile where there would be too few tiles to share out.
-FL_INLINE int64_t features_of(int64_t total, int64_t most, int64_t threads) {
-    int64_t features = most;
-    while (features > ROWS_T1 && features % (2 * ROWS_T1) == 0 && ceil_div(total, features) < 3 * threads)
-        features /= 2;
-    return features;
+// Panels of a tile: fewer where there would be too few tiles to share out.
+FL_INLINE int64_t panels_of(int64_t total, int64_t threads) {
+    enum { MOST = 128 / PANEL };
+    int64_t panels = min64(MOST, ceil_div(total, PANEL));
+    while (panels > 1 && ceil_div(total, panels * PANEL) < 3 * threads) panels /= 2;
+    return panels;
 }
 
-// fp32 rows [tokens][DEPTH] of `count` columns -> packed panel; PAIR: as bf16 pairs along the columns.
+// Steps of one tile: `total` in equal parts of at most DEPTH, multiples of 32.
+FL_INLINE int64_t depth_of(int64_t total) {
+    return max64(32, min64(DEPTH, round_up(ceil_div(total, ceil_div(max64(total, 1), DEPTH)), 32)));
+}
+
+// Rows as the matrix kernels read them: 4-byte units, fp32 or (PAIR) two bf16. Either they lie there or a copy is made.
 template <bool PAIR>
-static void put_panel(const float* rows, int64_t tokens, int64_t count, int64_t width, float* units, float* dst) {
-    if (!PAIR) return to_panel(rows, DEPTH, tokens, count, width, dst);
-    for (int64_t t = 0; t < tokens; ++t) {
-        uint16_t* row = (uint16_t*)(units + t * (DEPTH / 2));
-        from_f32(rows + t * DEPTH, count, row, BF16, 0);
-        if (count & 1) row[count] = 0;
+FL_INLINE bool readable(int64_t dtype, int64_t columns) {
+    return PAIR ? columns % 2 == 0 : dtype == F32;
+}
+// Rows of so many floats share so few cache sets that ADAPTER_ROWS of them push each other out.
+FL_INLINE bool crowded(int64_t columns) { return columns % 1024 == 0; }
+// Row stride of a copy: not a power of two, so that rows do not share cache sets.
+FL_INLINE int64_t padded_units(int64_t units) { return round_up(units, 16) + 16; }
+
+// fp32 columns -> the same as one row of a copy; PAIR: an odd end is padded with 0.
+template <bool PAIR>
+static void put_row(const float* src, int64_t count, float* dst) {
+    if (!PAIR) {
+        memcpy(dst, src, (size_t)count * 4);
+        return;
     }
-    to_panel(units, DEPTH / 2, tokens, ceil_div(count, 2), width, dst);
+    from_f32(src, count, dst, BF16, 0);
+    if (count & 1) ((uint16_t*)dst)[count] = 0;
+}
+
+// Rows [rows][count] of stride ld -> panels [rows][PANEL] side by side, the last one padded with 0.
+static void put_panels(const float* src, int64_t rows, int64_t count, int64_t ld, float* dst) {
+    for (int64_t j = 0; j < count; j += PANEL) {
+        const int64_t here = min64(PANEL, count - j);
+        for (int64_t i = 0; i < rows; ++i, dst += PANEL) {
+            memcpy(dst, src + i * ld + j, (size_t)here * 4);
+            memset(dst + here, 0, (size_t)(PANEL - here) * 4);
+        }
+    }
 }
 
 // src [rows][columns] -> dst [columns][padded], the padding 0; columns first .. last - 1.
 static void transpose_padded(const float* src, int64_t rows, int64_t columns, int64_t padded, int64_t first,
                              int64_t last, float* dst) {
+    transpose(src + first, rows, last - first, columns, dst + first * padded, padded);
     for (int64_t j = first; j < last; ++j)
-        for (int64_t i = 0; i < padded; ++i) dst[j * padded + i] = i < rows ? src[i * columns + j] : 0;
+        for (int64_t i = rows; i < padded; ++i) dst[j * padded + i] = 0;
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace {
 
 typedef __m256 vf;
 #define FL_LOOKUP  // as in vec_avx512.h
-enum { W = 8, ROWS_T2 = 6, ROWS_T1 = 12, ROWS_ADAPTER = 4, HAS_PAIR = 0 };
+enum { W = 8, TILE_ROWS = 6, TILE_VECTORS = 2, ADAPTER_ROWS = 6, RANK_ROWS = 4, HAS_PAIR = 0 };
 
 FL_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
 FL_INLINE void vstore(float* p, vf v) { _mm256_storeu_ps(p, v); }
@@ -26,6 +26,15 @@ FL_INLINE float vsum(vf v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+
+// The mask bits of lanes i .. i + W - 1, and v with 0 where its bit is 0.
+FL_INLINE uint32_t bits_at(const uint8_t* bits, int64_t i) { return bits[i >> 3]; }
+FL_INLINE vf vkeep(vf v, uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+}
+
 FL_INLINE vf vload_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }

@@ -11,7 +11,7 @@ namespace {
 typedef __m512 vf;
 #define FL_AVX512
 #define FL_LOOKUP  // it has `Lookup`: codes are decoded in registers
-enum { W = 16, ROWS_T2 = 12, ROWS_T1 = 24, ROWS_ADAPTER = 8 };
+enum { W = 16, TILE_ROWS = 6, TILE_VECTORS = 4, ADAPTER_ROWS = 12, RANK_ROWS = 8 };
 #ifdef FL_BF16
 enum { HAS_PAIR = 1 };
 #else
@@ -26,6 +26,14 @@ FL_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 FL_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 FL_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 FL_INLINE float vsum(vf v) { return _mm512_reduce_add_ps(v); }
+
+// The mask bits of lanes i .. i + W - 1, and v with 0 where its bit is 0.
+FL_INLINE uint32_t bits_at(const uint8_t* bits, int64_t i) {
+    uint16_t v;
+    memcpy(&v, bits + (i >> 3), 2);
+    return v;
+}
+FL_INLINE vf vkeep(vf v, uint32_t bits) { return _mm512_maskz_mov_ps((__mmask16)bits, v); }
 
 // c + a[2i] * b[2i] + a[2i+1] * b[2i+1]; lanes hold two bf16.
 FL_INLINE vf vdot(vf a, vf b, vf c) {
@@ -60,19 +68,23 @@ FL_INLINE __m512i round_bf16(vf v) {
     return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 FL_INLINE __m256i round_f16(vf v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// Where the CPU converts, a denormal becomes 0, as in its dot products.
 FL_INLINE void vstore_bf16(uint16_t* p, vf v) {
+#ifdef FL_BF16
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+#else
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round_bf16(v)));
+#endif
 }
 FL_INLINE void vstore_f16(uint16_t* p, vf v) { _mm256_storeu_si256((__m256i*)p, round_f16(v)); }
 
-// dst[j][i] = src[i][j] for 16 x 16 elements of 4 bytes.
-FL_INLINE void transpose_block(const float* src, int64_t ld, float* dst, int64_t ldd) {
+// dst[j * ldd + i] = rows[i][j] for 16 x 16 elements of 4 bytes.
+FL_INLINE void transpose_16(const vf* rows, float* dst, int64_t ldd) {
     __m512d pairs[16];
     FL_UNROLL
     for (int i = 0; i < 16; i += 2) {
-        const vf a = _mm512_loadu_ps(src + i * ld), b = _mm512_loadu_ps(src + (i + 1) * ld);
-        pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
-        pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+        pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1]));
+        pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1]));
     }
     vf fours[16];  // [4 q + c]: rows 4 q .. 4 q + 3 of columns c, c + 4, c + 8, c + 12, one a 128-bit lane
     FL_UNROLL
@@ -94,6 +106,23 @@ FL_INLINE void transpose_block(const float* src, int64_t ld, float* dst, int64_t
         _mm512_storeu_ps(dst + (c + 8) * ldd, _mm512_shuffle_f32x4(low0, low1, 0xdd));
         _mm512_storeu_ps(dst + (c + 12) * ldd, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
     }
+}
+
+// The same from memory, rows of stride ld.
+FL_INLINE void transpose_block(const float* src, int64_t ld, float* dst, int64_t ldd) {
+    vf rows[16];
+    FL_UNROLL
+    for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_ps(src + i * ld);
+    transpose_16(rows, dst, ldd);
+}
+
+// The 4-byte words chosen by `some` of 16 rows `stride` bytes apart, dst[16 * word + row]; the last of `rows` repeats.
+FL_INLINE void turn_words(const uint8_t* src, int64_t stride, int64_t rows, __mmask16 some, float* dst) {
+    vf words[16];
+    FL_UNROLL
+    for (int i = 0; i < 16; ++i)
+        words[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(some, src + (i < rows ? i : rows - 1) * stride));
+    transpose_16(words, dst, 16);
 }
 
 // Streaming stores are weakly ordered: other threads may read the output only after this.
@@ -194,6 +223,19 @@ FL_INLINE __m512i pair_table(vf table) {
 #endif
 }
 
+// Lanes (even, odd) rounded to two bf16, as `pair_table` rounds.
+FL_INLINE __m512i as_pairs(vf even, vf odd) {
+#ifdef FL_BF16
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i other = _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16);
+    const __m512i order = _mm512_or_si512(lane, other);
+    return _mm512_permutexvar_epi16(order, both);
+#else
+    return _mm512_or_si512(round_bf16(even), _mm512_slli_epi32(round_bf16(odd), 16));
+#endif
+}
+
 // Even elements land in the low halves, odd ones in the high halves: natural order without a shuffle.
 FL_INLINE __m512i pairs_of(__m512i v, __m512i low_half, __m512i high_half) {
     return _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(v, 4), low_half),
@@ -235,6 +277,50 @@ FL_INLINE void span_two_rows(const Codes& codes, float absmax0, float absmax1, c
                                              _mm512_permutexvar_epi32(_mm512_srli_epi32(v1, 4), high));
         _mm512_storeu_si512(dst, _mm512_permutex2var_epi32(even, first, odd));
         _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi32(even, second, odd));
+    }
+}
+
+// Columns [from, to) (multiples of 8) of `rows` <= 16 rows of w as lanes: dst[(column - from) * ld + row], or PAIR:
+// bf16 pairs of columns. Rows have k columns in whole blocks of 1 << shift. Four bytes of each row are turned at a
+// time; the eight nibbles then come out by shifts, and the products are those of a scaled table. Rows beyond `rows`
+// repeat the last.
+template <bool PAIR>
+FL_INLINE void decode_transposed(const Codes& codes, const float* scales, int shift, const uint8_t* packed, int64_t k,
+                                 int64_t row, int64_t rows, int64_t from, int64_t to, float* dst, int64_t ld) {
+    alignas(64) float turned[16 * 16];
+    alignas(64) float scale_of[16];
+    const int64_t row_blocks = k >> shift, bytes = k >> 1;
+    for (int64_t column = from; column < to; column += 128) {
+        const int64_t words = (to - column >= 128 ? 128 : to - column) >> 3;
+        const uint8_t* src = packed + row * bytes + (column >> 1);
+        turn_words(src, bytes, rows, (__mmask16)((1u << words) - 1), turned);
+        for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(src + i * bytes + 128);
+        int64_t known = -1;
+        vf absmax = vzero();
+        for (int64_t word = 0; word < words; ++word) {
+            const int64_t block = (column + 8 * word) >> shift;
+            if (block != known) {
+                const float* scale = scales + row * row_blocks + block;
+                for (int64_t i = 0; i < 16; ++i, scale += i < rows ? row_blocks : 0) scale_of[i] = *scale;
+                absmax = _mm512_load_ps(scale_of);
+                known = block;
+            }
+            const __m512i v = _mm512_castps_si512(_mm512_load_ps(turned + 16 * word));
+            FL_UNROLL
+            for (int byte = 0; byte < 4; ++byte) {
+                const vf even = _mm512_mul_ps(
+                    _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * byte + 4), codes.table), absmax);
+                const vf odd =
+                    _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * byte), codes.table), absmax);
+                if (PAIR) {
+                    _mm512_storeu_si512(dst + byte * ld, as_pairs(even, odd));
+                } else {
+                    _mm512_storeu_ps(dst + 2 * byte * ld, even);
+                    _mm512_storeu_ps(dst + (2 * byte + 1) * ld, odd);
+                }
+            }
+            dst += PAIR ? 4 * ld : 8 * ld;
+        }
     }
 }
 

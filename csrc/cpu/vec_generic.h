@@ -7,7 +7,7 @@
 namespace {
 
 typedef float vf __attribute__((vector_size(16)));
-enum { W = 4, ROWS_T2 = 4, ROWS_T1 = 8, ROWS_ADAPTER = 4, HAS_PAIR = 0 };
+enum { W = 4, TILE_ROWS = 4, TILE_VECTORS = 2, ADAPTER_ROWS = 6, RANK_ROWS = 4, HAS_PAIR = 0 };
 
 FL_INLINE vf vload(const float* p) {
     vf v;
@@ -23,6 +23,15 @@ FL_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 FL_INLINE vf vdot(vf, vf, vf c) { return c; }
 FL_INLINE vf vpairs(vf low, vf) { return low; }
 FL_INLINE float vsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+// The mask bits of lanes i .. i + W - 1, and v with 0 where its bit is 0.
+FL_INLINE uint32_t bits_at(const uint8_t* bits, int64_t i) { return (uint32_t)bits[i >> 3] >> (i & 7); }
+FL_INLINE vf vkeep(vf v, uint32_t bits) {
+    for (int i = 0; i < W; ++i)
+        if (!(bits >> i & 1)) v[i] = 0;
+    return v;
+}
+
 FL_INLINE vf vload_bf16(const uint16_t* p) {
     return vf{bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
 }

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastlora.backends import _cpu_library
 from fastlora.dispatch import cost
-from fastlora.dispatch.registry import Kernel, Limits, register
+from fastlora.dispatch.registry import ALL_FLAGS, Kernel, Limits, register
 from fastlora.errors import DtypeError
 from fastlora.math import philox
 from fastlora.math.nf4 import NESTED_BLOCKSIZE, PackedWeight
 from fastlora.problem import (
     DORA,
     DROPOUT,
+    LAZY_H,
     NEED_DA,
     NEED_DB,
     NEED_DBIAS,
@@ -342,6 +343,7 @@ _LAYER = Limits(
     dtypes=_FLOATS,
     adapter_dtypes=_FLOATS,
     formats=frozenset(_KINDS),
+    flags=ALL_FLAGS & ~LAZY_H,
     missing=_cpu_library.missing,
 )
 

@@ -16,6 +16,7 @@ from fastlora.math.nf4 import PackedWeight
 from fastlora.problem import (
     DORA,
     DROPOUT,
+    LAZY_H,
     NEED_DA,
     NEED_DB,
     NEED_DBIAS,
@@ -86,7 +87,7 @@ def lora_fwd(
     train = flags & TRAIN
     return (
         out.y.to(problem.dtype),
-        out.h if train else None,
+        out.h if train and not flags & LAZY_H else None,
         mask if train and flags & SAVE_MASK else None,
         out.z.to(problem.dtype) if train and flags & DORA else None,
     )
@@ -133,7 +134,9 @@ def lora_bwd(
         assert x is not None
         da = (scale * (g.T @ reference.drop(x.to(dtype), dropout))).to(a.dtype)
     if flags & NEED_DB:
-        assert h is not None
+        if h is None:
+            assert x is not None
+            h = reference.drop(x.to(dtype), dropout) @ adapter.a.T
         db = (scale * (d.T @ h)).to(b.dtype)
     if flags & NEED_DMAG:
         assert z is not None and adapter.norm is not None

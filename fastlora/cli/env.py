@@ -8,14 +8,14 @@ import json as json_format
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 import fastlora
-from fastlora import backends, settings
-from fastlora.dispatch import registry
+
+if TYPE_CHECKING:
+    from fastlora.dispatch.registry import Kernel
 
 PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "safetensors", "numpy")
 # The instruction sets that decide how fast the CPU kernels can be.
@@ -51,6 +51,8 @@ def _cpu_facts() -> tuple[str, list[str]]:
 
 def devices() -> dict[str, Any]:
     """The CPU (name, flags, torch's own instruction tier, threads) and every GPU."""
+    import torch
+
     name, flags = _cpu_facts()
     cpu = {
         "name": name,
@@ -67,7 +69,7 @@ def devices() -> dict[str, Any]:
     return {"cpu": cpu, "gpus": gpus}
 
 
-def _described(kernel: registry.Kernel) -> str:
+def _described(kernel: Kernel) -> str:
     """What a backend's module says about itself here, if it has a function `describe() -> str`."""
     module = sys.modules.get(getattr(kernel.run, "__module__", ""))
     describe = getattr(module, "describe", None)
@@ -76,6 +78,9 @@ def _described(kernel: registry.Kernel) -> str:
 
 def backend_facts() -> dict[str, dict[str, Any]]:
     """For each backend: whether anything of it can run here, the ops it has, and why not."""
+    from fastlora import backends
+    from fastlora.dispatch import registry
+
     backends.load()
     found: dict[str, dict[str, Any]] = {}
     for name in registry.backends():
@@ -93,6 +98,8 @@ def backend_facts() -> dict[str, dict[str, Any]]:
 
 def facts() -> dict[str, Any]:
     """Everything `fastlora env` shows, ready for JSON."""
+    from fastlora import settings
+
     return {
         "system": {"platform": platform.platform(), "machine": platform.machine(), "executable": sys.executable},
         "versions": versions(),

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import json as json_format
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from fastlora import backends, settings
-from fastlora.dispatch import registry
 from fastlora.errors import ConfigError, UnsupportedError
-from fastlora.problem import (
-    DENSE,
-    DORA,
-    DROPOUT,
-    NEED_DA,
-    NEED_DB,
-    NEED_DMAG,
-    NEED_DX,
-    SAVE_MASK,
-    TRAIN,
-    Format,
-    Problem,
-)
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
+if TYPE_CHECKING:
+    import torch
+
+    from fastlora.problem import Problem
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 QUANTS = ("nf4", "fp4")
+DEVICES = ("cpu", "cuda")
 DEFAULT_BLOCKSIZE = 64
+
+
+def one_of(what: str, value: str, known: Iterable[str]) -> None:
+    """Raise ConfigError, listing the known ones, unless `value` is one of them."""
+    if value not in known:
+        raise ConfigError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+
+
+def check(sizes: dict[str, int], dtype: str, adapter_dtype: str, quant: str, device: str) -> None:
+    """Raise ConfigError for a size below one or an unknown word; loads nothing, so that it answers at once."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} must be at least 1, got {size}")
+    for word in (dtype, adapter_dtype):
+        if word not in DTYPES.values():
+            one_of("dtype", word, DTYPES)
+    if quant:
+        one_of("quant", quant, QUANTS)
+    if device:
+        one_of("device", device, DEVICES)
 
 
 def dtype_of(name: str) -> torch.dtype:
     """The dtype of a short name, "bf16", or of torch's own, "bfloat16"."""
-    for short, dtype in DTYPES.items():
-        if name in (short, str(dtype).removeprefix("torch.")):
-            return dtype
-    raise ConfigError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES.get(name, name))
+    return dtype
 
 
 def build(
@@ -63,15 +69,22 @@ def build(
         quant: "" for a dense weight, else "nf4" or "fp4" (blocks of 64, double quantization).
         device: a device type.
         wanted: `dropout`, `dora`, `train`, `backward`.
-
-    Raises:
-        ConfigError: a size below one or an unknown quant.
     """
-    for name, size in (("m", m), ("n", n), ("k", k), ("r", r)):
-        if size < 1:
-            raise ConfigError(f"{name} must be at least 1, got {size}")
-    if quant and quant not in QUANTS:
-        raise ConfigError(f"unknown quant {quant!r}; known: {', '.join(QUANTS)}")
+    from fastlora import settings
+    from fastlora.problem import (
+        DENSE,
+        DORA,
+        DROPOUT,
+        NEED_DA,
+        NEED_DB,
+        NEED_DMAG,
+        NEED_DX,
+        SAVE_MASK,
+        TRAIN,
+        Format,
+        Problem,
+    )
+
     flags = (DROPOUT if wanted["dropout"] else 0) | (DORA if wanted["dora"] else 0)
     if wanted["backward"]:
         flags |= NEED_DX | NEED_DA | NEED_DB | (NEED_DMAG if wanted["dora"] else 0)
@@ -86,6 +99,8 @@ def build(
 
 def rows(problem: Problem) -> list[dict[str, Any]]:
     """One row a kernel of the op: predicted seconds or reasons, and which one is chosen."""
+    from fastlora.dispatch import registry
+
     try:
         chosen: registry.Kernel | None = registry.select(problem)
     except UnsupportedError:
@@ -115,7 +130,15 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Which kernel would run a layer of this size, and why not the others."""
+    check({"m": m, "n": n, "k": k, "r": r}, dtype, adapter_dtype, quant, device)
+    import torch
+
+    from fastlora import backends, settings
+    from fastlora.dispatch import registry
+
     backends.load()
+    if settings.current.backend:
+        one_of("backend", settings.current.backend, registry.backends())
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = {"dropout": dropout, "dora": dora, "train": train, "backward": backward}
     problem = build(m, n, k, r, dtype_of(dtype), dtype_of(adapter_dtype), quant, device, **wanted)

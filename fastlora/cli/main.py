@@ -60,7 +60,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("fastlora: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (FastloraError, ValueError, TypeError, OSError) as error:
+    except (FastloraError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"fastlora: {one_line(error)}", file=sys.stderr)
         return 1
     if result == INTERRUPTED:

@@ -32,6 +32,7 @@ class Limits:
         flags: the `Problem.flags` bits it honours.
         max_m, max_r: largest token count and rank.
         missing: why it cannot run at all here (package absent, library not built); "" when it can.
+        also: one more reason why it cannot run a problem, where the fields above cannot say it; "" when it can.
     """
 
     devices: frozenset[str] | None = None
@@ -42,6 +43,7 @@ class Limits:
     max_m: int | None = None
     max_r: int | None = None
     missing: Callable[[], str] = lambda: ""
+    also: Callable[[Problem], str] = lambda problem: ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,8 @@ def why_not(kernel: Kernel, problem: Problem) -> list[str]:
         reasons.append(f"at most {limits.max_m} tokens, got {problem.m}")
     if limits.max_r is not None and problem.r > limits.max_r:
         reasons.append(f"rank at most {limits.max_r}, got {problem.r}")
+    if reason := limits.also(problem):
+        reasons.append(reason)
     return reasons
 
 
@@ -120,7 +124,8 @@ def select(problem: Problem, forced: str = "") -> Kernel:
 
     Args:
         problem: what to run.
-        forced: a backend's name, or "" for free choice (then the `backend` setting applies).
+        forced: a backend's name, or "" for free choice (then the `backend` setting applies). "backend:plan" also
+            forces the plan, in ops where the backend has a plan of that name.
 
     Raises:
         UnsupportedError: nothing, or not the forced backend, can run it; lists the reasons per backend.
@@ -135,12 +140,14 @@ def select(problem: Problem, forced: str = "") -> Kernel:
 
 
 def _choose(problem: Problem, forced: str) -> Kernel:
+    forced, _, plan = forced.partition(":")
     reasons: dict[str, list[str]] = {}
     able: list[Kernel] = []
-    for kernel in _kernels.get(problem.op, ()):
+    candidates = [kernel for kernel in _kernels.get(problem.op, ()) if not forced or kernel.backend == forced]
+    if any(kernel.plan == plan for kernel in candidates):
+        candidates = [kernel for kernel in candidates if kernel.plan == plan]
+    for kernel in candidates:
         why = why_not(kernel, problem)
-        if forced and kernel.backend != forced:
-            continue
         if why:
             reasons.setdefault(kernel.backend, []).extend(why)
         else:

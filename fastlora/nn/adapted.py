@@ -17,6 +17,7 @@ from fastlora.errors import ConfigError, DtypeError, ShapeError
 from fastlora.nn import loading, rows
 from fastlora.nn.adapters import AdapterLayer
 from fastlora.nn.quantized import QuantizedWeight
+from fastlora.nn.sharded import refuse_sharded
 from fastlora.ops import lora
 from fastlora.ops.dora import dora_weight_norm
 from fastlora.ops.schema import flags_of, format_of
@@ -192,6 +193,7 @@ class AdaptedLinear(AdapterLayer):
         if len(names) > 1 and any(name in self.lora_magnitude for name in names):
             raise ConfigError(f"several adapters with DoRA depend on their order; got {', '.join(names)}")
         base = self._base()
+        refuse_sharded(base.packed if isinstance(base, QuantizedWeight) else base, "merging")
         if isinstance(base, QuantizedWeight):
             weight = base.dequantize(torch.float32)
         else:

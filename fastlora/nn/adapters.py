@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlora.config import LoraConfig, fresh_seed
 from fastlora.errors import ConfigError, DtypeError, ShapeError
 from fastlora.math import init
+from fastlora.nn.sharded import refuse_sharded
 
 
 class InitRecord(NamedTuple):
@@ -114,6 +115,8 @@ class AdapterLayer(nn.Module):
         """
         config = checked_config(config, fields)
         self.check_new(name, config)
+        for parameter in self.parameters():
+            refuse_sharded(parameter, "adding an adapter")
         with torch.no_grad():
             if tensors is not None:
                 a, b = self._check_tensors(tensors, config)

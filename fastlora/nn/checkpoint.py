@@ -24,6 +24,7 @@ from fastlora.nn.adapted import AdaptedLinear
 from fastlora.nn.adapters import check_name
 from fastlora.nn.convert import convert
 from fastlora.nn.model import set_adapter
+from fastlora.nn.sharded import agree, any_sharded, fill, on_first, whole
 from fastlora.nn.targets import adapted_layers, by_pattern, config_for, find_targets, matches, model_seed
 
 # What a checkpoint says once for all its layers.
@@ -101,13 +102,14 @@ def _checkpoint(model: nn.Module, adapter_name: str) -> tuple[peft.Checkpoint, L
     config = _saved_config(holders, adapter_name)
     adapters = {
         name: peft.AdapterTensors(
-            layer.lora_A[adapter_name],
-            layer.lora_B[adapter_name],
-            layer.lora_magnitude.get(adapter_name, None),
+            whole(layer.lora_A[adapter_name]),
+            whole(layer.lora_B[adapter_name]),
+            whole(layer.lora_magnitude[adapter_name]) if adapter_name in layer.lora_magnitude else None,
         )
         for name, layer in holders.items()
     }
-    return peft.Checkpoint(adapters, _others(model, config, holders)), config
+    others = {name: whole(tensor) for name, tensor in _others(model, config, holders).items()}
+    return peft.Checkpoint(adapters, others), config
 
 
 def _folder(folder: str | os.PathLike[str], adapter_name: str) -> pathlib.Path:
@@ -122,6 +124,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     "default" goes into `folder`, any other name into `folder/name`. Each file is written beside its place and moved
     there whole; an adapter that was there is replaced.
 
+    Where parameters are cut over processes (FSDP2) every process must call it: all gather, the first one writes, and
+    all return, or raise, together.
+
     Returns:
         The folder the two files are in.
 
@@ -129,11 +134,23 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         ConfigError: no layer has the adapter. FileExistsError: the folder holds files of these names that are no
         adapter's; they stay. OSError: the folder cannot be written.
     """
+    if not any_sharded(model):
+        return _write(model, *_checkpoint(model, adapter_name), _folder(folder, adapter_name))
+    holders, error = [], None
+    try:
+        holders = sorted(_holders(model, adapter_name))
+    except ConfigError as failure:
+        error = failure
+    agree(holders, error)
+    checkpoint, config = _checkpoint(model, adapter_name)
+    target: pathlib.Path = on_first(lambda: _write(model, checkpoint, config, _folder(folder, adapter_name)))
+    return target
+
+
+def _write(model: nn.Module, checkpoint: peft.Checkpoint, config: LoraConfig, target: pathlib.Path) -> pathlib.Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    checkpoint, config = _checkpoint(model, adapter_name)
-    target = _folder(folder, adapter_name)
     _refuse_foreign_files(target)
     every_module = [name for name, _ in model.named_modules() if name]
     targets = peft.minimal_targets(list(checkpoint.adapters), every_module)
@@ -371,7 +388,7 @@ def _plan(
         _check_fits(name, layer, configs[name], adapter_name)
         loads.append(_layer_load(layer, configs[name], tensors, adapter_name))
     own = _own_tensors(model)
-    loads += [functools.partial(own[name].copy_, tensor) for name, tensor in checkpoint.others.items()]
+    loads += [functools.partial(fill, own[name], tensor) for name, tensor in checkpoint.others.items()]
     return loads
 
 
@@ -398,8 +415,8 @@ def _layer_load(
 ) -> Callable[[], None]:
     def load() -> None:
         if adapter_name in layer.lora_A:
-            layer.lora_A[adapter_name].copy_(tensors.a)
-            layer.lora_B[adapter_name].copy_(tensors.b)
+            fill(layer.lora_A[adapter_name], tensors.a)
+            fill(layer.lora_B[adapter_name], tensors.b)
             # The parameters stay, for an optimizer may hold them, and so does their dtype.
             kept = layer.lora_A[adapter_name].dtype
             layer.adapter_configs[adapter_name] = config.replace(adapter_dtype=kept)
@@ -407,6 +424,6 @@ def _layer_load(
         else:
             layer.add_adapter(adapter_name, config, (tensors.a, tensors.b))
         if tensors.magnitude is not None:
-            layer.lora_magnitude[adapter_name].copy_(tensors.magnitude.reshape(-1))
+            fill(layer.lora_magnitude[adapter_name], tensors.magnitude.reshape(-1))
 
     return load

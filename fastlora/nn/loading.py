@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from fastlora.errors import FastloraError, StateDictError
 from fastlora.io import bnb
 from fastlora.nn.quantized import PARTS, QuantizedWeight
+from fastlora.nn.sharded import fill
 
 if TYPE_CHECKING:
     from fastlora.nn.adapted import AdaptedLinear
@@ -37,11 +37,7 @@ def _parameter_load(owner: nn.Module, name: str, value: Any, label: str, assign:
         new = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
         return lambda: owner.register_parameter(name, new)
 
-    def copy() -> None:
-        with torch.no_grad():
-            parameter.copy_(value)
-
-    return copy
+    return lambda: fill(parameter, value)
 
 
 def _weight_load(layer: AdaptedLinear, entries: dict[str, Any], assign: bool) -> tuple[list[Load], set[str]]:

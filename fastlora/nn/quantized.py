@@ -14,6 +14,7 @@ from fastlora.errors import DtypeError, ShapeError, StateDictError
 from fastlora.io import bnb
 from fastlora.math import nf4
 from fastlora.math.nf4 import PackedWeight
+from fastlora.nn.sharded import fill, is_sharded, whole
 from fastlora.ops import quantize as ops
 
 _STATE_BYTES = 256  # quant_state is padded to a fixed length so that any checkpoint loads in place
@@ -238,6 +239,8 @@ class QuantizedWeight(nn.Module):
             weight, dtype, on_grid = _from_own_state(entries)
         if tuple(weight.shape) != tuple(self.shape):
             raise StateDictError(f"expected a weight of shape {tuple(self.shape)}, got {tuple(weight.shape)}")
+        if is_sharded(self.packed) or is_sharded(weight.packed):
+            return self._read_sharded(weight, dtype, entries if assign else None)
         if assign:
             return lambda: self._adopt(weight, dtype, on_grid)
         if not self.packed.is_meta and any(t is not None and t.is_meta for t in weight[:5]):
@@ -248,6 +251,32 @@ class QuantizedWeight(nn.Module):
         moved: Any = {part: None if t is None else t.detach().to(device, copy=True) for part, t in parts}
         moved["code"] = moved.pop("code_table")
         return lambda: self._adopt(weight._replace(**moved), dtype, on_grid)
+
+    def _read_sharded(
+        self, weight: PackedWeight, dtype: torch.dtype, assigned: Mapping[str, Tensor] | None
+    ) -> Callable[[], None]:
+        """How to load a weight that is cut over processes: in place, so its format must be the one it has."""
+        have, want = self.pack(), weight
+        facts = [(w.quant_type, w.blocksize, *(part is not None for part in w[:5])) for w in (have, want)]
+        if facts[0] != facts[1] or dtype != self.dtype:
+            raise StateDictError(
+                f"a weight cut over processes is loaded in place: expected {self.extra_repr()}, got "
+                f"{want.quant_type}, blocksize={want.blocksize}, nested={want.nested}, dtype={dtype}"
+            )
+        parts = [(name, part) for name, part in zip(PARTS, weight[:5], strict=True) if part is not None]
+
+        def load() -> None:
+            for name, part in parts:
+                parameter = self._parameters[name]
+                assert parameter is not None
+                if assigned is not None and is_sharded(part):
+                    self.register_parameter(name, nn.Parameter(part.detach(), requires_grad=False))
+                else:
+                    fill(parameter, part)
+            if assigned is not None and is_sharded(assigned.get("quant_state")):
+                self.quant_state = nn.Parameter(assigned["quant_state"].detach(), requires_grad=False)
+
+        return load
 
     def _load_from_state_dict(
         self,
@@ -282,7 +311,7 @@ def _from_own_state(entries: Mapping[str, Tensor]) -> tuple[PackedWeight, torch.
         raise StateDictError(f"missing {missing[0]!r}; expected {', '.join(required)}, got {sorted(entries) or 'none'}")
     if unknown := sorted(set(entries) - {*PARTS, "quant_state"}):
         raise StateDictError(f"unexpected {unknown[0]!r}; known: {', '.join(PARTS)}, quant_state")
-    facts = bnb.read_json(entries["quant_state"], "quant_state")
+    facts = bnb.read_json(whole(entries["quant_state"]), "quant_state")
     quant_type, blocksize, shape, dtype = bnb.read_facts(facts, "quant_state")
     numel = math.prod(shape)
     blocks = (numel + blocksize - 1) // blocksize

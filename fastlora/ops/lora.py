@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastlora import settings
 from fastlora.config import DORA_DROPOUT, SEED_END
-from fastlora.errors import DtypeError, ShapeError
+from fastlora.errors import DtypeError, ShapeError, UnsupportedError
 from fastlora.math.nf4 import PackedWeight
 from fastlora.ops.dora import dora_weight_norm
 from fastlora.ops.schema import flags_of
-from fastlora.problem import NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN
+from fastlora.problem import NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, LAZY_H, SAVE_MASK, TRAIN
 
 
 class Call(NamedTuple):
@@ -75,7 +76,7 @@ class AdaptedLinear(torch.autograd.Function):
         y, h, mask, z = _forward_op(x, weight, bias, a, b, mag, norm, seed, call)
         tensors = weight[:5] if isinstance(weight, PackedWeight) else (weight, None, None, None, None)
         ctx.save_for_backward(
-            x if need_a else None,
+            x if need_a or (need_b and call.flags & LAZY_H) else None,
             a,
             b,
             mag,
@@ -116,7 +117,7 @@ class AdaptedLinear(torch.autograd.Function):
 
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed from torch's generator, int64 [1] on the device (no host sync)."""
-    return torch.ops.fastlora.draw_seed(device)
+    return torch.ops.fastlora.draw_seed(torch.empty((1,), dtype=torch.int64, device=device))
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -157,6 +158,13 @@ def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
             raise DtypeError(f"expected every tensor on the device of x, {x.device}, got one on {tensor.device}")
 
 
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """An op without a forward-mode rule would drop tangents in silence where nothing asks for a gradient."""
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise UnsupportedError("forward-mode differentiation (torch.func.jvp, forward_ad) is not supported")
+
+
 def adapted_linear(
     x: Tensor,
     weight: Tensor | PackedWeight,
@@ -186,6 +194,8 @@ def adapted_linear(
     if isinstance(scale, Tensor):  # a scale that lives on the device folds into b, in fp32 so that it is not rounded
         b, scale = b.to(torch.promote_types(b.dtype, torch.float32)) * scale, 1.0
         a = a.to(b.dtype)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(x, a, b, bias, magnitude)
     a, b = a.contiguous(), b.contiguous()
     x2d = x.reshape(-1, k).contiguous()
     dropout = dropout_p > 0.0
@@ -207,13 +217,16 @@ def adapted_linear(
         shared=dora_dropout == "shared",
         train=train,
         save_mask=not settings.current.low_memory,
+        # On a GPU a merged forward needs no h; where x is wider than y, one later pass over x makes h and da.
+        lazy_h=x.device.type == "cuda" and isinstance(weight, PackedWeight) and not dropout and k > n,
     )
     call = Call(float(scale), stream, float(dropout_p), flags, backend or "", on_grid)
     if train:
         y = AdaptedLinear.apply(x2d, a, b, magnitude, bias, weight, norm, seed_tensor, call)
     else:
         y = _forward_op(x2d, weight, bias, a, b, magnitude, norm, seed_tensor, call)[0]
-    return y.view(*x.shape[:-1], n)
+    # Not `view`: an output that autograd takes for a view of another could not be modified in place by everyone.
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], n))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -12,7 +12,7 @@ Kernel.run signatures, the same for every backend (`Weight` = dense [n,k] or `Pa
   dora_norm(problem, weight, a, b, scale) -> [n]
   lora_fwd(problem, x, weight, bias, a, b, scale, mag, norm, seed, stream, p) -> y, h, mask, z
   lora_bwd(problem, dy, x, weight, a, b, scale, mag, norm, h, mask, z, seed, stream, p) -> dx, da, db, dmag, dbias
-r = 0 (a [0,k], b [n,0]) is the frozen linear alone. In the backward x may be None when da is not asked for.
+r = 0 (a [0,k], b [n,0]) is the frozen linear alone. In the backward x may be None when neither da nor (where h is None) db is asked for; h is None under LAZY_H.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fastlora.problem import (
     DENSE,
     DORA,
     DROPOUT,
+    LAZY_H,
     NEED_DA,
     NEED_DB,
     NEED_DBIAS,
@@ -169,14 +170,16 @@ def _(*args: Any, out: Tensor) -> None:
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
-@op("draw_seed(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-def _draw_seed(device: torch.device) -> Tensor:
-    return torch.randint(0, SEED_END, (1,), dtype=torch.int64, device=device)
+# `like` is an uninitialised int64 [1]: the compiler merges equal calls of an op it does not know to be random, so that
+# two layers would get one seed, but it never merges two `torch.empty`.
+@op("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_seed(like: Tensor) -> Tensor:
+    return torch.randint(0, SEED_END, (1,), dtype=torch.int64, device=like.device)
 
 
 @fake("draw_seed")
-def _(device: torch.device) -> Tensor:
-    return torch.empty((1,), dtype=torch.int64, device=device)
+def _(like: Tensor) -> Tensor:
+    return torch.empty_like(like)
 
 
 @op("dropout_mask(Tensor seed, int stream, SymInt rows, SymInt cols, float p, str backend) -> Tensor")
@@ -240,7 +243,7 @@ def _fake_forward(x: Tensor, tail: Sequence[Any]) -> tuple[Tensor, Tensor | None
     y = x.new_empty((x.shape[0], b.shape[0]))
     if not flags & TRAIN:
         return y, None, None, None
-    h = x.new_empty((x.shape[0], b.shape[1]), dtype=_accumulator(x.dtype))
+    h = None if flags & LAZY_H else x.new_empty((x.shape[0], b.shape[1]), dtype=_accumulator(x.dtype))
     return y, h, _mask_like(x) if flags & SAVE_MASK else None, torch.empty_like(y) if flags & DORA else None
 
 
@@ -320,6 +323,7 @@ def flags_of(
     shared: bool = False,
     train: bool = False,
     save_mask: bool = False,
+    lazy_h: bool = False,
 ) -> int:
     """The forward's `Problem.flags`."""
     return (
@@ -329,4 +333,5 @@ def flags_of(
         | SHARED * (dora and dropout and shared)
         | TRAIN * train
         | SAVE_MASK * (train and dropout and save_mask)
+        | LAZY_H * (train and lazy_h)
     )
