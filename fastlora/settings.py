@@ -24,7 +24,7 @@ class Settings:
         merge: allow plans that merge the adapter into the dequantized weight; FASTLORA_MERGE=0 forbids them.
         triton_interpret: Triton kernels run in its interpreter, on CPU tensors; TRITON_INTERPRET=1 at the start.
         tune: measure the able kernels of a new problem once and remember the fastest; FASTLORA_TUNE=1.
-        tune_cache: the file that remembers; FASTLORA_TUNE_CACHE ("" is fastlora/tuning.json in the user's cache folder).
+        tune_cache: the file that remembers; FASTLORA_TUNE_CACHE ("": fastlora/tuning.json in the user's cache folder).
     """
 
     backend: str = ""

@@ -433,7 +433,7 @@ def test_repeated_calls_do_not_grow(tier: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["lora", "drop", "dora-peft"])
 def test_scratch_is_bounded(tier: str, dtype: torch.dtype, mode: str) -> None:
-    """One forward of 512 tokens: a decoded tile, an fp32 copy of x (and of the dropped x), and a MiB; never the weight."""
+    """One forward of 512 tokens: a decoded tile, an fp32 copy of x (and of the dropped x), a MiB; never the weight."""
     m, n, k, r = 512, 1536, 1024, 16
     case = Case(m, n, k, r, dtype, "nested", MODES[mode] | TRAIN, torch.float32)
     held = ctypes.CDLL(str(_cpu_library.DIRECTORY / _cpu_library.LIBRARY_NAME)).fl_scratch_bytes

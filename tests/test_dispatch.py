@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -134,3 +135,102 @@ def test_settings_refuse_unknown_names_and_values(monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", "reference")
     read = fastlora.settings._from_environment()
     assert read == dataclasses.replace(fastlora.settings.Settings(), low_memory=True, backend="reference")
+
+
+# --- predicted time ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs, an H200 and one that is in no table; the second is current."""
+    h200 = types.SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+    unknown = types.SimpleNamespace(
+        name="NVIDIA L40S",
+        major=8,
+        minor=9,
+        multi_processor_count=142,
+        clock_rate=2_520_000,
+        memory_clock_rate=9_001_000,
+        memory_bus_width=384,
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", [h200, unknown].__getitem__)
+    cost._gpu.cache_clear()
+    yield
+    cost._gpu.cache_clear()
+
+
+@pytest.mark.usefixtures("gpus")
+def test_each_gpu_has_its_own_rates():
+    assert cost.device("cuda:0").name == "H200" and cost.device("cuda:0") is cost._GPUS["H200"]
+    assert cost.device("cuda").name == cost.device("cuda:1").name == "NVIDIA L40S"  # the current one
+    assert cost.device("cpu").host
+
+
+@pytest.mark.usefixtures("gpus")
+def test_an_unknown_gpu_is_described_by_its_properties():
+    found = cost.device("cuda:1")
+    # 142 multiprocessors at 2.52 GHz: datasheet 362 TFLOP/s (GeForce twins half), 91 TFLOP/s fp32, 864 GB/s.
+    assert found.flops_16 == pytest.approx(0.75 * 142 * 2.52e9 * 512)
+    assert 100e12 < found.flops_16 < 362e12 and 45e12 < found.flops_32 < 91e12
+    assert found.flops_tf32 == found.flops_16 / 2
+    assert 0.7 * 864e9 < found.bandwidth < 864e9 and not found.host
+
+
+@pytest.mark.parametrize(
+    ("facts", "flops_16", "tf32"),
+    [
+        ({"name": "Tesla T4", "major": 7, "minor": 5, "multi_processor_count": 40}, (15e12, 65e12), False),
+        ({"name": "RTX 5090", "major": 12, "minor": 0, "multi_processor_count": 170}, (60e12, 210e12), True),
+        ({"name": "GB300", "major": 10, "minor": 3, "multi_processor_count": 160}, (1200e12, 2500e12), True),
+        (
+            {"name": "MI210", "major": 9, "minor": 0, "multi_processor_count": 104, "gcnArchName": "gfx90a:sramecc+"},
+            (90e12, 181e12),
+            False,
+        ),
+    ],
+)
+def test_old_new_and_other_makers_gpus_get_plausible_rates(facts, flops_16, tf32):
+    found = cost._unknown(types.SimpleNamespace(**facts))  # the clocks are not told
+    assert flops_16[0] < found.flops_16 < flops_16[1]
+    assert bool(found.flops_tf32) == tf32 and found.flops_32 <= found.flops_16
+    assert 0.3e12 < found.bandwidth < 1e12
+
+
+def test_the_table_is_ordered_so_that_the_longer_name_wins():
+    names = list(cost._GPUS)
+    for index, name in enumerate(names):
+        assert not any(earlier in name for earlier in names[:index])
+    for entry in cost._GPUS.values():
+        assert entry.flops_16 > entry.flops_tf32 and entry.flops_16 > entry.flops_32 > entry.flops_tf32 / 20
+
+
+@pytest.mark.usefixtures("gpus")
+def test_building_blocks_of_a_prediction():
+    on = cost._GPUS["H200"]
+    m, n, k = 8192, 4096, 4096
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    assert cost.gemm_seconds(m, n, k, bf16, "cuda:0") == pytest.approx(2 * m * n * k / on.flops_16)
+    assert cost.gemm_seconds(m, n, k, fp32, "cuda:0") == pytest.approx(2 * m * n * k / on.flops_32)
+    assert cost.gemm_seconds(m, n, k, fp32, "cuda:0", own=True) == pytest.approx(2 * m * n * k / (on.flops_tf32 / 3))
+    assert cost.gemm_seconds(m, n, k, fp64, "cuda:0") == pytest.approx(4 * m * n * k / on.flops_32)
+    # One token: reading the weight decides.
+    assert cost.gemm_seconds(1, n, k, bf16, "cuda:0") == pytest.approx((n * k + n + k) * 2 / on.bandwidth)
+    assert cost.pass_seconds(43e9, "cuda:0") == pytest.approx(0.01)
+    assert cost.launches_seconds(3, "cuda:0") == pytest.approx(12e-6)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_the_roofline_of_a_gpu():
+    problem = Problem("lora_fwd", 8192, 4096, 4096, 16, torch.bfloat16, torch.float32, DENSE, 0, "cuda:0")
+    on = cost._GPUS["H200"]
+    assert cost.roofline_seconds(problem) == pytest.approx(cost.work(problem).flops / on.flops_16 + on.launch)
+    few = problem._replace(m=1)
+    assert cost.roofline_seconds(few) == pytest.approx(cost.work(few).bytes / on.bandwidth + on.launch)
+
+
+def test_a_cpus_rates_follow_its_threads():
+    one = cost._host("cpu", 1)
+    assert cost._host("cpu", 4).flops_32 == 4 * one.flops_32 and cost._host("cpu", 4).name == "cpu x4"
+    assert cost.matrix_rate(torch.bfloat16, "cpu") == cost.matrix_rate(torch.float32, "cpu")

@@ -12,7 +12,8 @@ struct Norm {
     float* a_rows;               // shared, panels [r][PANEL]
     float *tile, *b_rows, *scales;  // one thread's
 
-    enum { LD = DEPTH + 16, ROWS = 4 * TILE_ROWS };  // columns and rows of a tile; rows do not share cache sets
+    // Rows and columns of a tile, which should stay in the L1 cache; rows do not share cache sets.
+    enum { ROWS = 4 * TILE_ROWS, COLUMNS = 128, LD = COLUMNS + 16 };
 
     Norm(Shared& s) : args(s.args), shared(s), stride(round_up(args.k, PANEL)), features(ROWS) {}
 
@@ -35,8 +36,8 @@ struct Norm {
         Source source(args);
         source.use_scales(n0 * args.k, (n0 + count) * args.k, scales);
         for (int64_t i = 0; i < count * args.r; ++i) b_rows[i] = (float)args.scale * args.b[n0 * args.r + i];
-        for (int64_t k0 = 0; k0 < args.k; k0 += DEPTH) {
-            const int64_t depth = min64(DEPTH, args.k - k0), wide = round_up(depth, PANEL);
+        for (int64_t k0 = 0; k0 < args.k; k0 += COLUMNS) {
+            const int64_t depth = min64(COLUMNS, args.k - k0), wide = round_up(depth, PANEL);
             tile_rows(source, n0, count, k0, k0 + depth, LD, tile);
             for (int64_t i = 0; i < count && depth < wide; ++i)
                 memset(tile + i * LD + depth, 0, (size_t)(wide - depth) * 4);

@@ -80,8 +80,7 @@ static void tile_rows(const Source& s, int64_t n0, int64_t count, int64_t from, 
 }
 
 // Forward panel: units of k [from, to) by `lanes` rows of w from n0 on, [units][width]; PAIR: bf16 pairs along k, an
-// odd
-// end padded with 0. Lanes beyond `lanes` hold anything finite. `rows` is scratch of PANEL x (DEPTH + 16) floats.
+// odd end padded with 0. Lanes beyond `lanes` hold anything finite. `rows`: scratch of PANEL x (DEPTH + 16) floats.
 template <bool PAIR>
 static void panel_fwd(const Source& s, int64_t n0, int64_t lanes, int64_t from, int64_t to, int64_t width, float* rows,
                       float* dst) {

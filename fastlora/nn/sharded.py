@@ -26,8 +26,8 @@ def any_sharded(model: nn.Module) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor on every process (a collective for a sharded one)."""
-    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
-    return full
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
 def cut_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fastlora.errors import DtypeError, ShapeError, UnsupportedError
 from fastlora.math.nf4 import PackedWeight
 from fastlora.ops.dora import dora_weight_norm
 from fastlora.ops.schema import flags_of
-from fastlora.problem import NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, LAZY_H, SAVE_MASK, TRAIN
+from fastlora.problem import LAZY_H, NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN
 
 
 class Call(NamedTuple):

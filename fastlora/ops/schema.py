@@ -12,7 +12,8 @@ Kernel.run signatures, the same for every backend (`Weight` = dense [n,k] or `Pa
   dora_norm(problem, weight, a, b, scale) -> [n]
   lora_fwd(problem, x, weight, bias, a, b, scale, mag, norm, seed, stream, p) -> y, h, mask, z
   lora_bwd(problem, dy, x, weight, a, b, scale, mag, norm, h, mask, z, seed, stream, p) -> dx, da, db, dmag, dbias
-r = 0 (a [0,k], b [n,0]) is the frozen linear alone. In the backward x may be None when neither da nor (where h is None) db is asked for; h is None under LAZY_H.
+r = 0 (a [0,k], b [n,0]) is the frozen linear alone. h is None under LAZY_H. In the backward x may be None when neither
+da nor (where h is None) db is asked for.
 """
 
 from __future__ import annotations
