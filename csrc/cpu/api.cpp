@@ -152,6 +152,9 @@ FL_API int64_t fl_scratch_bytes() {
 // 1 if this CPU can run the tier and the library holds it.
 FL_API int64_t fl_has_tier(int64_t tier) { return cpu_has(tier) && compiled(tier) != nullptr; }
 
+// Up to how many tokens that meet the weight the tier has its own kernels (few_fwd.h, few_bwd.h).
+FL_API int64_t fl_few_tokens(int64_t tier) { return fl_has_tier(tier) ? compiled(tier)->few : 0; }
+
 FL_API int64_t fl_quantize(const Args* args) {
     const Tier* tier = compiled(args->tier);
     if (!tier || !cpu_has(args->tier)) return FL_NO_TIER;

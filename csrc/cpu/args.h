@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-enum { FL_ABI_VERSION = 1 };
+enum { FL_ABI_VERSION = 2 };
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 enum Kind : int64_t { DENSE = 0, NF4 = 1, FP4 = 2 };
 enum TierId : int64_t { TIER_SCALAR = 0, TIER_AVX2 = 1, TIER_AVX512 = 2, TIER_AVX512_BF16 = 3, TIER_COUNT = 4 };
@@ -73,6 +73,7 @@ struct Tier {
     void (*dequantize)(const Args&, int64_t first, int64_t last);  // flat elements, `first` on a block border
     void (*mask_rows)(const Args&, int64_t first_row, int64_t last_row, uint8_t* out);
     Phased forward, backward, norm;
+    int64_t few;  // up to this many products of a token and the weight are not made by tiles
 };
 
 // State of one call, seen by all its threads.

@@ -1,14 +1,14 @@
 // What both directions share for a few tokens: tokens are taken in groups whose sums stay in registers, the weight is
-// decoded where it is used (AVX-512: in registers) and never becomes a tile in memory unless its shape is odd.
+// decoded where it is used (AVX-512 and AVX2: in registers) and never becomes a tile in memory unless its shape is odd.
 #ifndef FASTLORA_CPU_FEW_H
 #define FASTLORA_CPU_FEW_H
 
 namespace {
 
 enum {
-    FEW = W == 16 ? 32 : 8,   // up to this many tokens
-    GROUP = W == 16 ? 8 : 4,  // tokens in registers at once
-    BLOCK_64 = 64,            // columns decoded together: a multiple of them, inside one block of the weight
+    FEW = W == 16 ? 32 : 2 * W,  // up to this many tokens
+    GROUP = W == 16 ? 8 : 4,     // tokens in registers at once
+    BLOCK_64 = 64,               // columns decoded together, all of one block of the weight
 };
 
 // Tokens in groups of nearly equal size, none above GROUP.
@@ -19,12 +19,17 @@ struct Groups {
     int64_t size(int64_t i) const { return first(i + 1) - first(i); }
 };
 
-// Whether each row of a packed weight is whole blocks of whole groups of 64 columns.
-FL_INLINE bool whole_blocks(const Args& args) {
+// Whether the weight is decoded in registers: each row is whole blocks, and those are groups of 64 columns.
+FL_INLINE bool decoded_in_registers(const Args& args) {
+#ifdef FL_LOOKUP
     return args.kind != DENSE && args.blocksize >= BLOCK_64 && args.k % args.blocksize == 0;
+#else
+    (void)args;
+    return false;
+#endif
 }
 
-// Call body(std::integral_constant-like tag) for a number of tokens known only at run time.
+// Call body(Tokens<T>()) for a number of tokens T known only at run time.
 template <int T>
 struct Tokens {
     enum { N = T };
@@ -77,24 +82,22 @@ FL_INLINE void add_sums(const vf v[COUNT], float* sums) {
 #endif
 }
 
-#ifdef FL_AVX512
-// x [count] -> its even and its odd columns: of each 32 as fp32, or of each 64 as bf16. count is a multiple of 64.
+#ifdef FL_LOOKUP
+// x [count] -> its even and its odd columns: of each 2 W as fp32, or of each 4 W as bf16. count is a multiple of 64.
 template <bool PAIR>
 static void split(const float* x, int64_t count, float* dst) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    for (int64_t k = 0; k < count; k += 64) {
-        const vf a = vload(x + k), b = vload(x + k + 16), c = vload(x + k + 32), d = vload(x + k + 48);
-        const vf even0 = _mm512_permutex2var_ps(a, even, b), even1 = _mm512_permutex2var_ps(c, even, d);
-        const vf odd0 = _mm512_permutex2var_ps(a, odd, b), odd1 = _mm512_permutex2var_ps(c, odd, d);
+    for (int64_t k = 0; k < count; k += 4 * W) {
+        vf first[2], second[2];
+        vsplit(x + k, first);
+        vsplit(x + k + 2 * W, second);
         if (PAIR) {
-            vstore(dst + k / 2, vpairs(even0, even1));
-            vstore(dst + k / 2 + W, vpairs(odd0, odd1));
+            vstore(dst + k / 2, vpairs(first[0], second[0]));
+            vstore(dst + k / 2 + W, vpairs(first[1], second[1]));
         } else {
-            vstore(dst + k, even0);
-            vstore(dst + k + 16, odd0);
-            vstore(dst + k + 32, even1);
-            vstore(dst + k + 48, odd1);
+            vstore(dst + k, first[0]);
+            vstore(dst + k + W, first[1]);
+            vstore(dst + k + 2 * W, second[0]);
+            vstore(dst + k + 3 * W, second[1]);
         }
     }
 }

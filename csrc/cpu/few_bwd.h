@@ -1,9 +1,10 @@
 // lora_bwd for a few tokens. The equations are in backward.h; here a thread owns columns of dx and walks down the rows
 // of w, 32 at a time: the sums of those rows stay in registers and are then added to the thread's part of dx.
 //
-// Packed weights of whole blocks (AVX-512) are decoded in registers with the plain code table: the scale of a block is
-// multiplied into dy instead, once for 64 columns. Even and odd columns stay apart until the end. With bf16 dot products
-// two rows of w and two entries of dy make a pair, both rounded to bf16. Other weights are decoded to a small tile first.
+// Packed weights of whole blocks (AVX-512, AVX2) are decoded in registers with the plain code table: the scale of a
+// block is multiplied into dy instead, once for 64 columns. Even and odd columns stay apart until the end. With bf16
+// dot products two rows of w and two entries of dy make a pair, both rounded to bf16. Dense rows of whole vectors are read
+// where they lie, other weights by way of a small tile.
 #ifndef FASTLORA_CPU_FEW_BWD_H
 #define FASTLORA_CPU_FEW_BWD_H
 
@@ -16,70 +17,6 @@ enum {
     NFEATURES_FEW = 256,  // rows of one piece of work along n
     SHORT_FEW = 32,       // terms of the innermost sums of g
 };
-
-// A tile [units][stride] of decoded (or dense fp32) weight.
-struct TileRows {
-    const float* tile;
-    int64_t stride;
-    template <int V>
-    FL_MEMBER void load(int64_t unit, vf w[V]) const {
-        FL_UNROLL
-        for (int v = 0; v < V; ++v) w[v] = vload(tile + unit * stride + v * W);
-    }
-    void move(int64_t columns) { tile += columns; }
-};
-
-#ifdef FL_AVX512
-// Codes of 32 columns a pair of vectors: even columns, odd columns.
-struct PackedRows {
-    const uint8_t* packed;
-    int64_t bytes, ahead;
-    vf table;
-    PackedRows(const uint8_t* p, int64_t row_bytes, int64_t, int64_t next, const float* code)
-        : packed(p), bytes(row_bytes), ahead(next), table(_mm512_loadu_ps(code)) {}
-    template <int V>
-    FL_MEMBER void load(int64_t row, vf w[V]) const {
-        FL_UNROLL
-        for (int v = 0; v < V; v += 2) {
-            const uint8_t* p = packed + row * bytes + v * 8;
-            if (!(v & 2)) _mm_prefetch((const char*)(p + ahead), _MM_HINT_T1);
-            const __m512i nibbles = bytes_of(p);
-            w[v] = _mm512_permutexvar_ps(_mm512_srli_epi32(nibbles, 4), table);
-            w[v + 1] = _mm512_permutexvar_ps(nibbles, table);
-        }
-    }
-    void move(int64_t columns) { packed += columns / 2; }
-};
-
-// The same for pairs of rows: lanes hold the codes of both in bf16. An odd last row is paired with itself (and with 0 of
-// dy). The permute reads index bits 0-4: with the table twice over, bit 4 does not matter.
-struct PackedPairs {
-    const uint8_t* packed;
-    int64_t bytes, rows, ahead;
-    __m512i table;
-    PackedPairs(const uint8_t* p, int64_t row_bytes, int64_t count, int64_t next, const float* code)
-        : packed(p), bytes(row_bytes), rows(count), ahead(next) {
-        const __m512i low = round_bf16(_mm512_loadu_ps(code));
-        const __m256i half = _mm512_cvtepi32_epi16(low);
-        table = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
-    }
-    template <int V>
-    FL_MEMBER void load(int64_t unit, vf w[V]) const {
-        const uint8_t* p = packed + 2 * unit * bytes;
-        const uint8_t* q = p + (2 * unit + 1 < rows ? bytes : 0);
-        _mm_prefetch((const char*)(p + ahead), _MM_HINT_T1);
-        _mm_prefetch((const char*)(q + ahead), _MM_HINT_T1);
-        FL_UNROLL
-        for (int v = 0; v < V; v += 2) {
-            const __m512i high = _mm512_slli_epi32(bytes_of(q + v * 8), 16);
-            const __m512i nibbles = _mm512_or_si512(bytes_of(p + v * 8), high);
-            w[v] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi32(nibbles, 4), table));
-            w[v + 1] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(nibbles, table));
-        }
-    }
-    void move(int64_t columns) { packed += columns / 2; }
-};
-#endif
 
 // c[t][0 .. V W) += sum over units of w[unit] dy[t][unit]
 template <bool PAIR, int T, int V, class Rows>
@@ -118,7 +55,7 @@ template <bool PAIR>
 struct FewBackward {
     const Args& args;
     Shared& shared;
-    const bool drop, dora, twice, need_dx, need_da, need_g, packed;
+    const bool drop, dora, twice, need_dx, need_da, need_g, packed, direct;
     const int64_t rank, tokens;  // tokens: rows of dy that meet w; DoRA with its own dropout has two for each of dy's
     const int64_t pieces_n, width;
     const Groups groups;
@@ -138,11 +75,8 @@ struct FewBackward {
           need_dx(args.flags & NEED_DX),
           need_da(args.flags & NEED_DA),
           need_g(args.flags & (NEED_DX | NEED_DA)),
-#ifdef FL_AVX512
-          packed(whole_blocks(args)),
-#else
-          packed(false),
-#endif
+          packed(decoded_in_registers(args)),
+          direct(args.kind == DENSE && args.k % (4 * W) == 0 && (PAIR || args.dtype == F32)),
           rank(round_up(args.r, W)),
           tokens(args.m * (twice ? 2 : 1)),
           pieces_n(ceil_div(args.n, NFEATURES_FEW)),
@@ -311,6 +245,7 @@ struct FewBackward {
                 memset(block + t * ROWS_FEW + some, 0, (size_t)(ROWS_FEW - some) * 4);
             }
             if (packed) packed_rows(n0, some, k0, count);
+            else if (direct) dense_rows(n0, some, k0, count);
             else tile_rows(source, n0, some, k0, count);
         }
         finish_dx(k0, count);
@@ -331,11 +266,31 @@ struct FewBackward {
     }
 
     template <class Rows>
-    void add(const Rows& source, int64_t some, int64_t group, int64_t columns, float* dst) {
+    void add(const Rows& source, int64_t some, int64_t group, int64_t columns, float* dst, int64_t unit = 0) {
         const int64_t units = PAIR ? ceil_div(some, 2) : some;
         with_tokens(groups.size(group), [&](auto tag) {
-            add_columns<PAIR, decltype(tag)::N>(source, units, columns, rows, dst + groups.first(group) * width, width);
+            float* to = dst + groups.first(group) * width;
+            add_columns<PAIR, decltype(tag)::N>(source, units, columns, rows + unit, to, width);
         });
+    }
+
+    void dense_rows(int64_t n0, int64_t some, int64_t k0, int64_t count) {
+        const int64_t together = tokens > 2 ? (int64_t)ROWS_FEW : 8;  // few streams where memory is all that counts
+        const int64_t ahead = n0 + 2 * ROWS_FEW <= args.n ? together * args.k : 0;
+        for (int64_t i = 0; i < groups.count; ++i) {
+            units_of(groups.first(i), groups.size(i), nullptr);
+            for (int64_t row = 0; row < some; row += together) {
+                const void* first = at(args.dense, args.dtype, (n0 + row) * args.k + k0);
+                const int64_t here = min64(together, some - row);
+#ifdef FL_BF16
+                if (PAIR) {
+                    add(DensePairs{(const uint16_t*)first, args.k, here, ahead}, here, i, count, c, row / 2);
+                    continue;
+                }
+#endif
+                add(DenseRows{(const float*)first, args.k, ahead}, here, i, count, c, row);
+            }
+        }
     }
 
     void tile_rows(Source& source, int64_t n0, int64_t some, int64_t k0, int64_t count) {
@@ -350,13 +305,8 @@ struct FewBackward {
         }
     }
 
-    // The tile's scales are taken row by row: rows are far apart where there are few columns.
+    // Scales are taken row by row: a tile has few of each.
     void decode_tile(Source& source, int64_t n0, int64_t some, int64_t k0, int64_t columns, float* buffer) {
-        if (!args.absmax_codes) {
-            for (int64_t j = 0; j < columns; j += PANEL)
-                panel_bwd<PAIR>(source, n0, n0 + some, k0 + j, min64(PANEL, columns - j), TILE_FEW, tile + j);
-            return;
-        }
         for (int64_t n = n0; n < n0 + some; n += 1 + PAIR) {
             const int64_t stop = min64(n + 1 + PAIR, n0 + some);
             uint16_t halves[2][TILE_FEW];
@@ -372,13 +322,13 @@ struct FewBackward {
     }
 
     void packed_rows(int64_t n0, int64_t some, int64_t k0, int64_t count) {
-#ifdef FL_AVX512
+#ifdef FL_LOOKUP
         const int64_t bytes = args.k / 2;
         const uint8_t* first = args.packed + (n0 * args.k + k0) / 2;
         const int64_t ahead = n0 + 2 * ROWS_FEW <= args.n ? ROWS_FEW * bytes : 0;
         scales_of_rows(n0, some, k0, count);
         for (int64_t k = 0; k < count; k += BLOCK_64) {
-            typedef typename PackedOf<PAIR>::Rows Rows;
+            typedef typename PackedOf<PAIR && HAS_PAIR>::Rows Rows;
             const Rows source(first + k / 2, bytes, some, ahead, code_of(args));
             for (int64_t i = 0; i < groups.count; ++i) {
                 units_of(groups.first(i), groups.size(i), scales_t + k / BLOCK_64 * ROWS_FEW);
@@ -390,16 +340,7 @@ struct FewBackward {
 #endif
     }
 
-#ifdef FL_AVX512
-    template <bool P, class Dummy = void>
-    struct PackedOf {
-        typedef PackedRows Rows;
-    };
-    template <class Dummy>
-    struct PackedOf<true, Dummy> {
-        typedef PackedPairs Rows;
-    };
-
+#ifdef FL_LOOKUP
     // scales_t[64-column group][row]
     void scales_of_rows(int64_t n0, int64_t some, int64_t k0, int64_t count) {
         const int shift = __builtin_ctzll((unsigned long long)args.blocksize);
@@ -411,7 +352,7 @@ struct FewBackward {
             for (int64_t group = (count - 1) / BLOCK_64; group >= 0; --group)  // in place: from the last on
                 dst[group] = dst[((flat + group * BLOCK_64) >> shift) - first];
         }
-        for (int64_t i = 0; i < some; i += 16) transpose_block(scales + i * 16, 16, scales_t + i, ROWS_FEW);
+        transpose(scales, ROWS_FEW, 16, 16, scales_t, ROWS_FEW);
     }
 #endif
 
@@ -458,15 +399,9 @@ struct FewBackward {
     }
 
     void unsplit(int64_t count) {
-#ifdef FL_AVX512
-        const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#ifdef FL_LOOKUP
         for (int64_t t = 0; t < tokens; ++t)
-            for (float *p = c + t * width, *end = p + count; p < end; p += 32) {
-                const vf even = vload(p), odd = vload(p + W);
-                vstore(p, _mm512_permutex2var_ps(even, first, odd));
-                vstore(p + W, _mm512_permutex2var_ps(even, second, odd));
-            }
+            for (int64_t k = 0; k < count; k += 2 * W) vunsplit(c + t * width + k);
 #else
         (void)count;
 #endif

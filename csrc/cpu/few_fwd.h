@@ -1,9 +1,10 @@
 // lora_fwd for a few tokens. The equations are in forward.h; here lanes run along k, and each group of rows of w meets
-// all tokens of a group at once, its sums in registers. DoRA with its own dropout multiplies twice as many tokens: x, then
-// the dropped x. The adapter's b h is the first term of the same sums.
+// all tokens of a group at once, its sums in registers. DoRA with its own dropout multiplies twice as many tokens: x,
+// then the dropped x. The adapter's b h is the first term of the same sums.
 //
-// Packed weights of whole blocks (AVX-512) are decoded in registers; x is cut into even and odd columns, which is how
-// nibbles come out of their bytes. Dense rows of whole vectors are read where they lie, others by way of a small tile.
+// Packed weights of whole blocks (AVX-512, AVX2) are decoded in registers; x is cut into even and odd columns, which is
+// how nibbles come out of their bytes. Dense rows of whole vectors are read where they lie, others by way of a small
+// tile.
 #ifndef FASTLORA_CPU_FEW_FWD_H
 #define FASTLORA_CPU_FEW_FWD_H
 
@@ -12,7 +13,7 @@ namespace {
 enum {
     FEATURES_FEW = 24,     // rows of w in one piece of work, a multiple of every R
     CHUNK_BYTES = 16384,   // of one group's x that is used again and again: half a small L1 cache
-    DECODE_ROWS = 4,         // rows decoded at once where a tile is needed
+    DECODE_ROWS = 4,       // rows decoded at once where a tile is needed
     TILE_COLUMNS = 512,
 };
 
@@ -25,10 +26,11 @@ struct Together {
 // fp32 rows, or rows of bf16 pairs, as they lie: a dense weight, a tile, or a of the adapter.
 struct PlainRows {
     enum { PAIRS = 1 };
+    typedef int State;
     const float* rows;
     int64_t stride;
-    FL_MEMBER vf begin(int64_t, int) const { return vzero(); }
-    FL_MEMBER void get(int64_t step, int, int i, vf, vf w[2]) const {
+    FL_MEMBER int begin(int64_t, int) const { return 0; }
+    FL_MEMBER void get(int64_t step, int, int i, int, vf w[2]) const {
         const float* p = rows + i * stride + step * 2 * W;
         w[0] = vload(p);
         w[1] = vload(p + W);
@@ -36,57 +38,52 @@ struct PlainRows {
     void next(int64_t count) { rows += count * stride; }
 };
 
-#ifdef FL_AVX512
-// Steps of 64 columns, all of one block: a scaled table a row and step.
+#ifdef FL_LOOKUP
+// Steps of 64 columns, all of one block: a scaled table a row and step. In fp32, vectors of even and of odd columns.
 struct PackedSteps {
+    enum { PAIRS = BLOCK_64 / (2 * W) };
+    typedef Lookup State;
     const uint8_t* packed;
     const float* scales;
-    vf table;
+    Lookup codes;
     int64_t bytes, ahead, row_blocks, step0;  // a row; from here to what is read next; blocks a row; steps before
     int shift;                                // log2 of steps a block
-    FL_MEMBER vf scaled(int64_t step, int i) const {
-        _mm_prefetch((const char*)(packed + i * bytes + step * 32 + ahead), _MM_HINT_T1);
-        return vmul(table, vset1(scales[i * row_blocks + ((step0 + step) >> shift)]));
+    FL_MEMBER Lookup begin(int64_t step, int i) const {
+        const uint8_t* p = packed + i * bytes + step * (BLOCK_64 / 2);
+        _mm_prefetch((const char*)(p + ahead), _MM_HINT_T1);
+        return codes.scaled(scales[i * row_blocks + ((step0 + step) >> shift)]);
+    }
+    FL_MEMBER void get(int64_t step, int pair, int i, const Lookup& state, vf w[2]) const {
+        state.pair(packed + i * bytes + step * (BLOCK_64 / 2) + pair * W, w);
     }
     void next(int64_t count) { packed += count * bytes, scales += count * row_blocks; }
 };
 
-// fp32: two pairs of vectors (even columns, odd columns), each of 32 columns.
-struct StepsF32 : PackedSteps {
-    enum { PAIRS = 2 };
-    FL_MEMBER vf begin(int64_t step, int i) const { return scaled(step, i); }
-    FL_MEMBER void get(int64_t step, int pair, int i, vf entries, vf w[2]) const {
-        const __m512i nibbles = bytes_of(packed + i * bytes + step * 32 + pair * 16);
-        w[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(nibbles, 4), entries);
-        w[1] = _mm512_permutexvar_ps(nibbles, entries);
-    }
-};
-
 #ifdef FL_BF16
 // bf16: 32 even columns, 32 odd ones. The permute reads index bits 0-4: the table lies twice in its register.
-struct StepsPair : PackedSteps {
+struct PackedPairSteps : PackedSteps {
     enum { PAIRS = 1 };
-    FL_MEMBER vf begin(int64_t step, int i) const {
-        const vf entries = scaled(step, i);
-        return vpairs(entries, entries);
+    typedef __m512i State;
+    FL_MEMBER __m512i begin(int64_t step, int i) const {
+        const vf table = PackedSteps::begin(step, i).table;
+        return _mm512_castps_si512(vpairs(table, table));
     }
-    FL_MEMBER void get(int64_t step, int, int i, vf entries, vf w[2]) const {
-        const __m512i lookup = _mm512_castps_si512(entries);
-        const __m512i nibbles =
-            _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(packed + i * bytes + step * 32)));
-        w[0] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 4), lookup));
-        w[1] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(nibbles, lookup));
+    FL_MEMBER void get(int64_t step, int, int i, __m512i table, vf w[2]) const {
+        const uint8_t* p = packed + i * bytes + step * (BLOCK_64 / 2);
+        const __m512i nibbles = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+        w[0] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 4), table));
+        w[1] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(nibbles, table));
     }
 };
 #endif
 template <bool PAIR>
 struct StepsOf {
-    typedef StepsF32 Rows;
+    typedef PackedSteps Rows;
 };
 #ifdef FL_BF16
 template <>
 struct StepsOf<true> {
-    typedef StepsPair Rows;
+    typedef PackedPairSteps Rows;
 };
 #endif
 #endif
@@ -97,9 +94,9 @@ struct Adapter {
     int64_t rank;  // 0: none
 };
 
-// part[i T + t] += sum of row i times token t, and of their adapter rows.
+// part[i T + t] += sum of row i times token t, and of their adapter rows. x: vectors of all T tokens side by side.
 template <bool PAIR, int R, int T, class Rows>
-static void dot(const Rows& rows, int64_t steps, const float* x, int64_t ldx, const Adapter& adapter, float* part) {
+static void dot(const Rows& rows, int64_t steps, const float* x, const Adapter& adapter, float* part) {
     vf acc[R * T];
     FL_UNROLL
     for (int i = 0; i < R * T; ++i) acc[i] = vzero();
@@ -108,15 +105,16 @@ static void dot(const Rows& rows, int64_t steps, const float* x, int64_t ldx, co
         for (int i = 0; i < R; ++i) {
             const vf b = vload(adapter.b + i * adapter.rank + j);
             FL_UNROLL
-            for (int t = 0; t < T; ++t) acc[i * T + t] = vfma(b, vload(adapter.h + t * adapter.rank + j), acc[i * T + t]);
+            for (int t = 0; t < T; ++t)
+                acc[i * T + t] = vfma(b, vload(adapter.h + t * adapter.rank + j), acc[i * T + t]);
         }
     }
     for (int64_t step = 0; step < steps; ++step) {
-        vf state[R];
+        typename Rows::State state[R];
         FL_UNROLL
         for (int i = 0; i < R; ++i) state[i] = rows.begin(step, i);
         FL_UNROLL
-        for (int pair = 0; pair < Rows::PAIRS; ++pair, x += 2 * W) {
+        for (int pair = 0; pair < Rows::PAIRS; ++pair, x += 2 * T * W) {
             vf w[R][2];
             FL_UNROLL
             for (int i = 0; i < R; ++i) rows.get(step, pair, i, state[i], w[i]);
@@ -124,7 +122,7 @@ static void dot(const Rows& rows, int64_t steps, const float* x, int64_t ldx, co
             for (int half = 0; half < 2; ++half) {
                 FL_UNROLL
                 for (int t = 0; t < T; ++t) {
-                    const vf v = vload(x + t * ldx + half * W);
+                    const vf v = vload(x + (half * T + t) * W);
                     FL_UNROLL
                     for (int i = 0; i < R; ++i)
                         acc[i * T + t] =
@@ -138,13 +136,13 @@ static void dot(const Rows& rows, int64_t steps, const float* x, int64_t ldx, co
 
 // The same for `count` rows, part [count][T].
 template <bool PAIR, int T, class Rows>
-static void dot_all(Rows rows, int64_t count, int64_t steps, const float* x, int64_t ldx, Adapter adapter, float* part) {
+static void dot_all(Rows rows, int64_t count, int64_t steps, const float* x, Adapter adapter, float* part) {
     enum { R = Together<T>::R };
     int64_t i = 0;
     for (; i + R <= count; i += R, rows.next(R), adapter.b += R * adapter.rank)
-        dot<PAIR, R, T>(rows, steps, x, ldx, adapter, part + i * T);
+        dot<PAIR, R, T>(rows, steps, x, adapter, part + i * T);
     for (; i < count; ++i, rows.next(1), adapter.b += adapter.rank)
-        dot<PAIR, 1, T>(rows, steps, x, ldx, adapter, part + i * T);
+        dot<PAIR, 1, T>(rows, steps, x, adapter, part + i * T);
 }
 
 template <bool PAIR>
@@ -156,10 +154,11 @@ struct FewForward {
     const Groups groups, own;
     const int64_t step, columns, ldx;  // columns of one step; k in whole steps; floats of one token of `base`
     const int64_t chunk;               // columns summed at once
-    // shared: x as fp32 (dropped where there is dropout); x as it meets w; s h, padded, of each token
+    // shared: x as fp32 (dropped where there is dropout) and x as it meets w, both in groups: a vector of each token of
+    // the group, then the next vector of each; s h, padded, of each token
     float *natural, *base, *scaled_h;
     // one thread's
-    float *bits, *scales, *tile, *b_rows, *part, *out, *column;
+    float *bits, *row, *ordered, *scales, *tile, *b_rows, *part, *out, *column;
 
     static bool fits(const Args& args) { return args.m >= 1 && args.m * (two_bases(args) ? 2 : 1) <= FEW; }
 
@@ -169,11 +168,7 @@ struct FewForward {
           drop(args.flags & DROPOUT),
           dora(args.flags & DORA),
           twice(two_bases(args)),
-#ifdef FL_AVX512
-          packed(whole_blocks(args)),
-#else
-          packed(false),
-#endif
+          packed(decoded_in_registers(args)),
           direct(args.kind == DENSE && args.k % (2 * W * (1 + PAIR)) == 0 && (PAIR || args.dtype == F32)),
           rank(round_up(args.r, W)),
           tokens(args.m * (twice ? 2 : 1)),
@@ -200,6 +195,8 @@ struct FewForward {
     int64_t carve_thread(float* memory) {
         Arena arena(memory);
         bits = arena.take(drop ? ceil_div(args.k, 32) + 1 : 0);
+        row = arena.take(ld_natural());
+        ordered = arena.take(columns);
         scales = arena.take(args.absmax_codes ? FEATURES_FEW * args.k / args.blocksize + 2 : 0);
         tile = arena.take(DECODE_ROWS * (TILE_COLUMNS + W));
         b_rows = arena.take(rank != args.r ? FEATURES_FEW * rank : 0);
@@ -214,44 +211,57 @@ struct FewForward {
     // --- x, once ---
 
     void prepare(int64_t t) {
-        float* x = natural + t * ld_natural();
-        to_f32(args.x, args.dtype, t * args.k, args.k, x);
-        put(x, base + t * ldx);
-        if (!drop) return;
-        const int64_t bytes = ceil_div(args.k, 8);
-        uint8_t* keep = args.mask ? args.mask + t * bytes : (uint8_t*)bits;
-        mask_rows(args, t, t + 1, keep);
-        keep_f32(x, keep, 0, args.k, x);
-        if (twice) put(x, base + (args.m + t) * ldx);
+        memset(row + args.k, 0, (size_t)(ld_natural() - args.k) * 4);
+        to_f32(args.x, args.dtype, t * args.k, args.k, row);
+        meet(t);
+        if (drop) {
+            const int64_t bytes = ceil_div(args.k, 8);
+            uint8_t* keep = args.mask ? args.mask + t * bytes : (uint8_t*)bits;
+            mask_rows(args, t, t + 1, keep);
+            keep_f32(row, keep, 0, args.k, row);
+            if (twice) meet(args.m + t);
+        }
+        if (args.r) spread(row, ld_natural(), own, t, natural);
     }
 
-    // One token in the order, and to the precision, in which it meets w.
-    void put(const float* x, float* dst) {
-        if (PAIR) memset((uint16_t*)dst + args.k, 0, (size_t)(columns - args.k) * 2);
-        else memset(dst + args.k, 0, (size_t)(columns - args.k) * 4);
-#ifdef FL_AVX512
-        if (packed) return split<PAIR>(x, args.k, dst);
+    // The row as token t of `base`: in the order, and to the precision, in which it meets w.
+    void meet(int64_t t) {
+        if (PAIR) memset((uint16_t*)ordered + args.k, 0, (size_t)(columns - args.k) * 2);
+        else memset(ordered + args.k, 0, (size_t)(columns - args.k) * 4);
+#ifdef FL_LOOKUP
+        if (packed) split<PAIR>(row, args.k, ordered);
 #endif
-        from_f32(x, args.k, dst, PAIR ? BF16 : F32, 0);
+        if (!packed) from_f32(row, args.k, ordered, PAIR ? BF16 : F32, 0);
+        spread(ordered, ldx, groups, t, base);
+    }
+
+    // `floats` of token t, whole vectors, to its places in its group.
+    static void spread(const float* src, int64_t floats, const Groups& groups, int64_t t, float* dst) {
+        int64_t group = 0;
+        while (groups.first(group + 1) <= t) ++group;
+        const int64_t first = groups.first(group), size = groups.size(group);
+        dst += first * floats + (t - first) * W;
+        for (int64_t i = 0; i < floats; i += W) vstore(dst + i * size, vload(src + i));
     }
 
     // h of rows j .. j + count of a; K in chunks, so that no sum is long.
     void hidden(int64_t j, int64_t count) {
         float sums[GROUP * DECODE_ROWS + 16];
-        const int64_t whole = args.k / (2 * W) * (2 * W), ld = ld_natural();
+        const int64_t whole = args.k / (2 * W) * (2 * W);
         for (int64_t group = 0; group < own.count; ++group)
             with_tokens(own.size(group), [&](auto tag) {
                 enum { T = decltype(tag)::N };
-                const float* x = natural + own.first(group) * ld;
+                const float* x = natural + own.first(group) * ld_natural();
                 memset(sums, 0, sizeof sums);
                 for (int64_t k = 0; k < whole; k += TILE_COLUMNS)
                     dot_all<false, T>(PlainRows{args.a + j * args.k + k, args.k}, count,
-                                      min64(TILE_COLUMNS, whole - k) / (2 * W), x + k, ld, Adapter{nullptr, nullptr, 0},
+                                      min64(TILE_COLUMNS, whole - k) / (2 * W), x + k * T, Adapter{nullptr, nullptr, 0},
                                       sums);
                 for (int64_t i = 0; i < count; ++i)
                     for (int64_t t = 0; t < T; ++t) {
                         float tail = 0;
-                        for (int64_t k = whole; k < args.k; ++k) tail += args.a[(j + i) * args.k + k] * x[t * ld + k];
+                        for (int64_t k = whole; k < args.k; ++k)
+                            tail += args.a[(j + i) * args.k + k] * x[k / W * T * W + t * W + k % W];
                         put_h(own.first(group) + t, j + i, (sums[i * T + t] + tail) * (float)args.keep_scale);
                     }
             });
@@ -280,7 +290,7 @@ struct FewForward {
             const Adapter adapter{b, scaled_h, k ? 0 : rank};
             const int64_t some = min64(chunk, columns - k);
             if (packed) packed_rows(source, n0, count, k, some, adapter);
-            else if (direct) plain_rows(dense_rows(n0, k), 0, count, k, some, adapter);
+            else if (direct) all_tokens(dense_rows(n0, k), 0, count, k, some, adapter);
             else tile_rows(source, n0, count, k, some, adapter);
         }
         finish(n0, count);
@@ -295,13 +305,9 @@ struct FewForward {
                 const int64_t token = groups.first(group);
                 Adapter mine = adapter;
                 mine.h += token * rank;
-                dot_all<PAIR, T>(source, count, some / step, base + token * ldx + k / (1 + PAIR), ldx, mine,
+                dot_all<PAIR, T>(source, count, some / step, base + token * ldx + k / (1 + PAIR) * T, mine,
                                  part + token * FEATURES_FEW + first * T);
             });
-    }
-
-    void plain_rows(const PlainRows& source, int64_t first, int64_t count, int64_t k, int64_t some, Adapter adapter) {
-        all_tokens(source, first, count, k, some, adapter);
     }
 
     PlainRows dense_rows(int64_t n0, int64_t k) const {
@@ -323,28 +329,27 @@ struct FewForward {
                     memset(dst + here, 0, (size_t)(some - here) * 4);
                 }
             }
-            plain_rows(PlainRows{tile, LD}, i, together, k, some, adapter);
+            all_tokens(PlainRows{tile, LD}, i, together, k, some, adapter);
         }
     }
 
     void packed_rows(Source& source, int64_t n0, int64_t count, int64_t k, int64_t some, Adapter adapter) {
-#ifdef FL_AVX512
-        typename StepsOf<PAIR && HAS_PAIR>::Rows steps;
-        steps.bytes = args.k / 2;
-        steps.row_blocks = args.k >> source.shift;
-        steps.packed = args.packed + n0 * steps.bytes + k / 2;
-        steps.scales = source.scales + (n0 * steps.row_blocks - source.first);
-        steps.table = source.codes.table;
-        steps.step0 = k / BLOCK_64;
-        steps.shift = source.shift - 6;
+#ifdef FL_LOOKUP
+        const int64_t bytes = args.k / 2, row_blocks = args.k >> source.shift;
+        typename StepsOf<PAIR && HAS_PAIR>::Rows steps{};
+        steps.packed = args.packed + n0 * bytes + k / 2;
+        steps.scales = source.scales + (n0 * row_blocks - source.first);
+        steps.codes = Lookup(code_of(args));
+        steps.bytes = bytes, steps.row_blocks = row_blocks;
         steps.ahead = ahead_of(n0, count, k, some);
+        steps.step0 = k / BLOCK_64, steps.shift = source.shift - 6;
         all_tokens(steps, 0, count, k, some, adapter);
 #else
         (void)source, (void)n0, (void)count, (void)k, (void)some, (void)adapter;
 #endif
     }
 
-    // How far ahead to prefetch: the same rows' next chunk; where rows are read whole, the rows after the ones read now.
+    // How far ahead to prefetch: the same rows' next chunk; where rows are read whole, the rows after these.
     int64_t ahead_of(int64_t n0, int64_t count, int64_t k, int64_t some) const {
         const int64_t bytes = args.k / 2;
         if (chunk >= columns) return n0 + count + 4 <= args.n ? 4 * bytes : 0;

@@ -8,6 +8,7 @@
 #include "norm.h"
 #include "few.h"
 #include "few_fwd.h"
+#include "few_rows.h"
 #include "few_bwd.h"
 
 namespace {
@@ -46,6 +47,7 @@ static const Tier tier = {
     {forward_floats, forward},
     {backward_floats, backward},
     {norm_floats, norm},
+    FEW,
 };
 
 }  // namespace

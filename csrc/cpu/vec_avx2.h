@@ -9,6 +9,7 @@
 namespace {
 
 typedef __m256 vf;
+#define FL_LOOKUP  // as in vec_avx512.h
 enum { W = 8, TILE_ROWS = 6, TILE_VECTORS = 2, ADAPTER_ROWS = 6, RANK_ROWS = 4, HAS_PAIR = 0 };
 
 FL_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
@@ -64,6 +65,42 @@ struct Codes {
 FL_INLINE __m128i nibbles_of(const uint8_t* p) {
     const __m128i v = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
     return _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(v, 4), mask), _mm_and_si128(v, mask));
+}
+
+// Decodes W bytes into their even and their odd columns.
+struct Lookup {
+    vf low, high;  // entries 0-7 and 8-15
+    explicit Lookup(const float* code) : low(_mm256_loadu_ps(code)), high(_mm256_loadu_ps(code + 8)) {}
+    FL_MEMBER Lookup() {}
+    FL_MEMBER Lookup scaled(float scale) const {
+        Lookup other;
+        other.low = vmul(low, vset1(scale));
+        other.high = vmul(high, vset1(scale));
+        return other;
+    }
+    FL_MEMBER vf entries(__m256i index) const {  // reads bits 0-2, and bit 3 to choose the half
+        const vf half = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), half);
+    }
+    FL_MEMBER void pair(const uint8_t* p, vf w[2]) const {
+        const __m256i nibbles = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+        w[0] = entries(_mm256_srli_epi32(nibbles, 4));
+        w[1] = entries(nibbles);
+    }
+};
+
+FL_INLINE void vsplit(const float* src, vf out[2]) {
+    const vf a = vload(src), b = vload(src + W);
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+    const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    out[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+    out[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+}
+FL_INLINE void vunsplit(float* inout) {
+    const vf even = vload(inout), odd = vload(inout + W);
+    const vf low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    vstore(inout, _mm256_permute2f128_ps(low, high, 0x20));
+    vstore(inout + W, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 template <bool STREAM>

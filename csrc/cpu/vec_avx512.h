@@ -10,6 +10,7 @@ namespace {
 
 typedef __m512 vf;
 #define FL_AVX512
+#define FL_LOOKUP  // it has `Lookup`: codes are decoded in registers
 enum { W = 16, TILE_ROWS = 6, TILE_VECTORS = 4, ADAPTER_ROWS = 12, RANK_ROWS = 8 };
 #ifdef FL_BF16
 enum { HAS_PAIR = 1 };
@@ -142,6 +143,39 @@ template <bool STREAM>
 FL_INLINE void put(void* dst, __m512i v) {
     if (STREAM) _mm512_stream_si512((__m512i*)dst, v);
     else _mm512_storeu_si512(dst, v);
+}
+
+// Decodes W bytes into their even and their odd columns.
+struct Lookup {
+    vf table;
+    explicit Lookup(const float* code) : table(_mm512_loadu_ps(code)) {}
+    FL_MEMBER Lookup() {}
+    FL_MEMBER Lookup scaled(float scale) const {
+        Lookup other;
+        other.table = vmul(table, vset1(scale));
+        return other;
+    }
+    FL_MEMBER void pair(const uint8_t* p, vf w[2]) const {
+        const __m512i nibbles = bytes_of(p);
+        w[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(nibbles, 4), table);
+        w[1] = _mm512_permutexvar_ps(nibbles, table);
+    }
+};
+
+// 2 W numbers <-> their even and their odd ones.
+FL_INLINE void vsplit(const float* src, vf out[2]) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const vf a = vload(src), b = vload(src + W);
+    out[0] = _mm512_permutex2var_ps(a, even, b);
+    out[1] = _mm512_permutex2var_ps(a, odd, b);
+}
+FL_INLINE void vunsplit(float* inout) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const vf even = vload(inout), odd = vload(inout + W);
+    vstore(inout, _mm512_permutex2var_ps(even, first, odd));
+    vstore(inout + W, _mm512_permutex2var_ps(even, second, odd));
 }
 
 // `count` elements of one block from flat position `flat`. STREAM: dst is 64-byte aligned and count a multiple of 32.
@@ -358,7 +392,8 @@ struct Search {
 // The code of NF4 numbers that rounding may have carried a little beyond [-1, 1]; no NaN, no infinity.
 FL_INLINE __m512i search_tame(const Search& s, vf v) {
     const __m512i bin = _mm512_cvttps_epi32(_mm512_fmadd_ps(v, _mm512_set1_ps(Search::BINS), _mm512_set1_ps(16)));
-    const __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_permutex2var_ps(s.point_of[0], bin, s.point_of[1]), _CMP_GT_OQ);
+    const vf point = _mm512_permutex2var_ps(s.point_of[0], bin, s.point_of[1]);
+    const __mmask16 above = _mm512_cmp_ps_mask(v, point, _CMP_GT_OQ);
     const __m512i code = _mm512_permutex2var_epi32(s.below[0], bin, s.below[1]);
     return _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
 }

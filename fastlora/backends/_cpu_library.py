@@ -16,7 +16,7 @@ import torch
 from fastlora import settings
 from fastlora.errors import UnsupportedError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DIRECTORY = pathlib.Path(__file__).resolve().parent.parent / "_lib"
 LIBRARY_NAME = "libfastlora_cpu.so"
 # Written beside the library by a build that could not make it; its text says why.
@@ -39,6 +39,7 @@ class Library:
 
     Attributes:
         tiers: names of the instruction tiers this CPU can run, slowest first.
+        few_tokens: tier number -> up to how many tokens it has kernels of their own for.
     """
 
     def __init__(self, handle: ctypes.CDLL) -> None:
@@ -50,6 +51,8 @@ class Library:
         self.advise_huge = handle.fl_advise_huge
         self.advise_huge.argtypes, self.advise_huge.restype = [ctypes.c_void_p, ctypes.c_int64], None
         handle.fl_has_tier.argtypes, handle.fl_has_tier.restype = [ctypes.c_int64], ctypes.c_int64
+        handle.fl_few_tokens.argtypes, handle.fl_few_tokens.restype = [ctypes.c_int64], ctypes.c_int64
+        self.few_tokens = handle.fl_few_tokens
         self.tiers = tuple(name for number, name in enumerate(TIERS) if handle.fl_has_tier(number))
         self._best = TIERS.index(self.tiers[-1])
 

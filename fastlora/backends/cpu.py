@@ -1,16 +1,20 @@
 """The CPU backend: every op over the compiled library (csrc/cpu), for dense and 4-bit weights.
 
-What it computes is written in the ops' contract; how, in csrc/cpu/forward.h, backward.h, norm.h and quantize.h. All
-arithmetic is fp32 inside, except that bf16 problems use the CPU's bf16 dot products (fp32 accumulation, the weight
-rounded once to bf16) where it has them. Results do not depend on the number of threads, bit for bit.
+What it computes is written in the ops' contract; how, in csrc/cpu: forward.h, backward.h, few_fwd.h and few_bwd.h (few
+tokens), norm.h and quantize.h. All arithmetic is fp32 inside, except that bf16 problems use the CPU's bf16 dot products
+where it has them: fp32 accumulation, each operand rounded once to bf16. Results do not depend on the number of threads,
+bit for bit.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from fastlora.backends import _cpu_library
+from fastlora.dispatch import cost
 from fastlora.dispatch.registry import ALL_FLAGS, Kernel, Limits, register
 from fastlora.errors import DtypeError
 from fastlora.math import philox
@@ -25,12 +29,14 @@ from fastlora.problem import (
     NEED_DMAG,
     NEED_DX,
     SAVE_MASK,
+    SHARED,
     TRAIN,
     Problem,
 )
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KINDS = {"dense": 0, "nf4": 1, "fp4": 2}
+_MOST_FEW = 32  # tokens; the widest tier's kernels for few of them
 _HUGE = 4 << 20  # fresh outputs above this many bytes ask for huge pages
 
 WeightFields = tuple[int, int, int, int, int, int, int, int, int]
@@ -304,6 +310,30 @@ def describe() -> str:
     return f"tier {_cpu_library.TIERS[library.tier()]} (has {', '.join(library.tiers)})"
 
 
+# Picoseconds a weight on one core of an AMD Zen 4 (2026-11): decoding and reading it once, and each token it meets.
+_FEW_COST = {torch.float32: (30.0, 21.0), torch.float16: (30.0, 21.0), torch.bfloat16: (30.0, 12.0)}
+_TILED_COST = {torch.float32: (150.0, 20.0), torch.float16: (150.0, 20.0), torch.bfloat16: (150.0, 9.0)}
+
+
+def _seconds(problem: Problem, costs: dict[torch.dtype, tuple[float, float]]) -> float:
+    once, token = costs.get(problem.dtype, costs[torch.float32])
+    tokens = problem.m * cost.base_gemms(problem)
+    busy = (once + token * tokens) * 1e-12 * problem.n * problem.k if tokens else 0.0
+    return max(busy / torch.get_num_threads(), cost.roofline_seconds(problem))
+
+
+def _tiled_seconds(problem: Problem) -> float:
+    return _seconds(problem, _TILED_COST)
+
+
+def _few_seconds(problem: Problem) -> float:
+    """The library itself chooses by the number of tokens: beyond it this plan must not look the better one."""
+    library = _cpu_library.library()
+    twice = problem.flags & DORA and problem.flags & DROPOUT and not problem.flags & SHARED
+    fits = problem.m * (2 if twice else 1) <= library.few_tokens(library.tier())
+    return _seconds(problem, _FEW_COST) if fits else 2 * _tiled_seconds(problem)
+
+
 _FLOATS = frozenset(_DTYPES)
 _CPU = frozenset({"cpu"})
 _FORMAT = Limits(devices=_CPU, dtypes=_FLOATS, missing=_cpu_library.missing)
@@ -317,13 +347,19 @@ _LAYER = Limits(
     missing=_cpu_library.missing,
 )
 
-for _op, _run, _limits in (
-    ("quantize", quantize, _FORMAT),
-    ("quantize_absmax", quantize_absmax, _ANY),
-    ("dequantize", dequantize, _FORMAT),
-    ("dropout_mask", dropout_mask, _ANY),
-    ("dora_norm", dora_norm, _LAYER),
-    ("lora_fwd", lora_fwd, _LAYER),
-    ("lora_bwd", lora_bwd, _LAYER),
+_FEW = dataclasses.replace(_LAYER, max_m=_MOST_FEW)
+_roofline = cost.roofline_seconds
+
+# "few" and "tiled" are one launcher: the plans name what the library will do.
+for _op, _run, _limits, _predict, _plan in (
+    ("quantize", quantize, _FORMAT, _roofline, "direct"),
+    ("quantize_absmax", quantize_absmax, _ANY, _roofline, "direct"),
+    ("dequantize", dequantize, _FORMAT, _roofline, "direct"),
+    ("dropout_mask", dropout_mask, _ANY, _roofline, "direct"),
+    ("dora_norm", dora_norm, _LAYER, _roofline, "direct"),
+    ("lora_fwd", lora_fwd, _FEW, _few_seconds, "few"),
+    ("lora_bwd", lora_bwd, _FEW, _few_seconds, "few"),
+    ("lora_fwd", lora_fwd, _LAYER, _tiled_seconds, "tiled"),
+    ("lora_bwd", lora_bwd, _LAYER, _tiled_seconds, "tiled"),
 ):
-    register(Kernel(_op, "cpu", _run, _limits))
+    register(Kernel(_op, "cpu", _run, _limits, _predict, _plan))
