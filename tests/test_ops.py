@@ -189,7 +189,9 @@ def test_double_backward_and_torch_func_are_refused():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_forward_mode_is_refused_never_zero(frozen, quantized):
-    layer = (fastlora.QLoraLinear if quantized else fastlora.LoraLinear)(K, N, r=R).requires_grad_(not frozen)
+    layer = (fastlora.QLoraLinear if quantized else fastlora.LoraLinear)(K, N, r=R)
+    if frozen:
+        layer.requires_grad_(False)
     x = torch.randn(2, K)
     with pytest.raises(UnsupportedError, match="forward-mode"):
         torch.func.jvp(layer, (x,), (torch.ones_like(x),))

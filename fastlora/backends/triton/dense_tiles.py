@@ -1,0 +1,66 @@
+"""The pinned tiles of the products over a dense weight, and which one a device and an output get."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.backends.triton.launch import Target, Tile, cdiv
+
+# Candidates from large to small, each with its speed per element relative to the largest one.
+_HALF = {
+    "sm_80": ((Tile(128, 128, 32, 8, 4), 1.0), (Tile(64, 128, 32, 4, 4), 0.8), (Tile(64, 64, 64, 4, 3), 0.6)),
+    "sm_89": ((Tile(128, 128, 32, 8, 3), 1.0), (Tile(64, 64, 64, 4, 3), 0.7)),
+    "sm_90": (
+        (Tile(128, 256, 64, 8, 3), 1.0),
+        (Tile(128, 128, 64, 4, 4), 0.85),
+        (Tile(64, 128, 64, 4, 4), 0.7),
+        (Tile(64, 64, 64, 4, 4), 0.5),
+    ),
+    "sm_100": (
+        (Tile(128, 256, 64, 8, 3), 1.0),
+        (Tile(128, 128, 64, 8, 4), 0.8),
+        (Tile(64, 128, 64, 4, 4), 0.6),
+        (Tile(64, 64, 64, 4, 4), 0.4),
+    ),
+    "gfx942": ((Tile(128, 128, 64, 8, 2), 1.0), (Tile(64, 128, 64, 4, 2), 0.8), (Tile(64, 64, 64, 4, 2), 0.5)),
+}
+_SINGLE = {
+    "sm_80": ((Tile(64, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 4, 3), 0.8)),
+    "sm_89": ((Tile(64, 128, 32, 8, 2), 1.0), (Tile(64, 64, 32, 4, 2), 0.8)),
+    "sm_90": ((Tile(128, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 4, 3), 0.7)),
+    "sm_100": ((Tile(128, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 4, 3), 0.7)),
+    "gfx942": ((Tile(128, 128, 32, 4, 2), 1.0), (Tile(64, 64, 32, 4, 2), 0.7)),
+}
+_UNALIGNED = Tile(128, 128, 32, 8, 3)  # rows that no asynchronous copy can read: registers hold the tiles in flight
+_INTERPRETED = Tile(16, 32, 32, 1, 1)
+
+
+def family(at: Target) -> str:
+    """The table's row that serves a device: its own, or the nearest older one."""
+    if at.kind == "hip":
+        return "gfx942"
+    for name in ("sm_100", "sm_90", "sm_89", "sm_80"):
+        if at.arch >= int(name[3:]):
+            return "sm_89" if name == "sm_100" and at.arch >= 120 else name  # 12x: consumer parts, small shared memory
+    return "sm_80"
+
+
+def tile_linear(at: Target, m: int, columns: int, dtype: torch.dtype, tma: bool, heavy: bool = False) -> Tile:
+    """The tile of an [m, columns] output that wastes least in its last wave.
+
+    Independent of the rank, so that a layer with B = 0 sums exactly as the frozen one does. A heavy epilogue (a mask,
+    a second output) does not fit the registers beside the largest tile, but for sm_90.
+    """
+    if at.kind == "interpreter":
+        return _INTERPRETED
+    table = _SINGLE if dtype == torch.float32 else _HALF
+    if at.kind == "cuda" and at.arch >= 90 and not tma:
+        return _UNALIGNED
+
+    def seconds(item: tuple[Tile, float]) -> float:
+        tile, speed = item
+        waves = cdiv(cdiv(m, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_N), at.sms)
+        return waves * tile.BLOCK_M * tile.BLOCK_N / speed
+
+    candidates = table[family(at)]
+    return min(candidates[1:] if heavy and at.arch != 90 else candidates, key=seconds)[0]
