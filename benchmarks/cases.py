@@ -176,6 +176,8 @@ def _gpu_grid() -> list[Case]:
         dataclasses.replace(square_case, name="qlora-p0-fp16-4096x4096", dtype=torch.float16),
         dataclasses.replace(square_case, name="lora-p0-fp32-4096x4096", dtype=torch.float32, quant="", m=2048),
         Case("dora-norm-14336x4096", "dora_norm", *tall, dora=True),
+        Case("quantize-4096x4096", "quantize", *square),
+        Case("dropout-mask-8192x4096", "dropout_mask", *square, m=TOKENS, p=0.05),
     ]
 
 
@@ -189,6 +191,8 @@ def _dry_grid() -> list[Case]:
         dataclasses.replace(_decode(shape, 1, 2.0), r=4),
         Case("dequantize-192x128", "dequantize", *shape, target=Target("share_of_copy", 0.85, graph=True)),
         Case("dora-norm-192x128", "dora_norm", *shape, r=4, dora=True, target=Target("microseconds", 12.0, graph=True)),
+        Case("quantize-192x128", "quantize", *shape),
+        Case("dropout-mask-48x128", "dropout_mask", *shape, m=48, p=0.05),
     ]
 
 

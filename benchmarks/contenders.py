@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.oracle import ADAPTED, Drop, Inputs
 
-ROLES = ("floor", "base", "peer", "ours")
+ROLES = ("floor", "base", "peer", "ours", "plan")
 
 
 class Missing(RuntimeError):
@@ -73,7 +73,8 @@ class Contender:
 
     Attributes:
         name: as the report prints it.
-        role: "floor" (what overhead is measured against), "base" (frozen part only), "peer" or "ours".
+        role: "floor" (what overhead is measured against), "base" (frozen part only), "peer", "ours", or
+            "plan": ours with one strategy forced, never what the summary calls ours.
         applies: whether it is meant for the case at all; if not it gets no row.
         build: makes `copies` layers over the inputs; raises `Missing` with the reason when it cannot.
         function: which truth it is held against: the adapted layer, its frozen part, or the unquantized one.

@@ -239,7 +239,7 @@ def summarize(case: Case, rows: list[dict[str, Any]], copy_rate: float | None, j
         best = min((name for name in ran if name in peers), key=lambda name: ran[name], default=None)
         mine = min((row for row in rows if row["role"] == "ours"), key=lambda r: _median(r, mode) or 1e30, default=None)
         own = _median(mine, mode)
-        adapted = {row["contender"] for row in rows if row["role"] in ("peer", "ours")}
+        adapted = {row["contender"] for row in rows if row["role"] in ("peer", "ours", "plan")}
         share = {name: case.base_products if name in adapted else 1 for name in times}
         verdict["judged_on"][mode] = {
             "floor_ms": base,

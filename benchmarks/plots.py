@@ -134,7 +134,8 @@ def _speedup_bars(axes: Any, dtype: str, entries: list[tuple[str, dict[str, floa
 
 
 def _names(report: dict[str, Any], labels: list[str]) -> list[str]:
-    return list(dict.fromkeys(row["contender"] for row in report["rows"] if row["case"] in labels))
+    rows = [row for row in report["rows"] if row["case"] in labels and row["role"] != "plan"]
+    return list(dict.fromkeys(row["contender"] for row in rows))
 
 
 def _ratios(report: dict[str, Any], labels: list[str], mode: str) -> dict[str, list[float | None]]:

@@ -16,6 +16,8 @@ from benchmarks.contenders import Built, Contender, Missing
 from benchmarks.oracle import Drop, Oracle, make_inputs
 from benchmarks.ours import ours
 from benchmarks.peers import peers
+from fastlora import backends
+from fastlora.dispatch import registry
 
 CPU = torch.device("cpu")
 ROW_KEYS = set(measure.blank_row(grid(True)[0], peers()[0], "ok"))
@@ -72,6 +74,22 @@ def test_ours_and_the_floor_pass_parity_and_are_timed(dry):
         assert row["launches"]["forward"] >= 1
     trained = {case.name for case in grid(True) if case.train and case.op == "linear"}
     assert all(row["step_ms"]["median"] > 0 for row in rows if row["case"] in trained)
+
+
+def test_every_plan_has_its_own_rows(dry):
+    _, report = dry
+    backends.load()
+    plans = {f"fastlora:{each.plan}" for each in registry.kernels("lora_fwd") if each.backend == "triton"}
+    assert plans and plans == {one.name for one in ours() if one.role == "plan"}
+    rows = [row for row in report["rows"] if row["role"] == "plan"]
+    assert {row["contender"] for row in rows} == plans
+    dropped = {row["contender"] for row in rows if row["case"].startswith("lora-p0.05")}
+    assert "fastlora:split" in dropped and "fastlora:merge" not in dropped  # no plan that cannot take the case
+    if not torch.cuda.is_available():
+        assert {row["status"] for row in rows} == {"missing"}
+        assert all("no GPU that torch can use" in row["reason"] for row in rows)
+    for entry in report["summary"]:
+        assert all(judged["ours"] in (None, "fastlora", "fastlora-16bit") for judged in entry["judged_on"].values())
 
 
 def test_summary_gives_ratios_losses_included(dry):

@@ -67,9 +67,17 @@ def test_nothing_is_recorded_outside_the_block():
 
 def test_recording_ends_with_an_exception():
     out = torch.zeros(24)
-    with pytest.raises(KeyError), record() as launches:
-        _run(out)
-        raise KeyError("stop")
+    launches = []
+
+    def broken_off():
+        with record() as noted:
+            launches.append(noted)
+            _run(out)
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        broken_off()
+    launches = launches[0]
     assert len(launches) == 1 and not out.any()
     _run(out)
     assert bool((out == 2).all())

@@ -1,0 +1,215 @@
+"""Which launches the ahead-of-time compiler sees: every plan and op of the Triton backend, recorded on meta tensors.
+
+The registered kernels are run as the ops would run them, inside `record(TARGETS[...])`, so that the specialisations
+and the pinned tiles are the launchers' own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import backends
+from fastlora.backends.triton.launch import TARGETS, Launch, record
+from fastlora.dispatch import registry
+from fastlora.dispatch.registry import Kernel
+from fastlora.math.nf4 import NESTED_BLOCKSIZE, PackedWeight
+from fastlora.problem import (
+    BIAS,
+    DENSE,
+    DORA,
+    DROPOUT,
+    LAZY_H,
+    NEED_DA,
+    NEED_DB,
+    NEED_DBIAS,
+    NEED_DMAG,
+    NEED_DX,
+    SAVE_MASK,
+    SHARED,
+    TRAIN,
+    Format,
+    Problem,
+)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NESTED, PLAIN = Format("nf4", 64, nested=True), Format("nf4", 64)
+_GRADIENTS = NEED_DX | NEED_DA | NEED_DB
+_P = 0.1
+_STREAM = 1  # an adapter's second position; arguments of 1 become constants
+
+
+def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def packed(fmt: Format, n: int, k: int) -> PackedWeight:
+    """A packed weight without memory."""
+    blocks = -(-n * k // fmt.blocksize)
+    groups = -(-blocks // NESTED_BLOCKSIZE)
+    byte = torch.uint8
+    return PackedWeight(
+        packed=meta(-(-n * k // 2), 1, dtype=byte),
+        absmax=meta(blocks, dtype=byte) if fmt.nested else meta(blocks, 4, dtype=byte),
+        nested_absmax=meta(groups, 4, dtype=byte) if fmt.nested else None,
+        nested_offset=meta(1, 4, dtype=byte) if fmt.nested else None,
+        code=meta(16, 4, dtype=byte) if fmt.custom_code else None,
+        quant_type=fmt.kind,
+        blocksize=fmt.blocksize,
+        shape=(n, k),
+    )
+
+
+def arguments(problem: Problem) -> tuple[Any, ...]:
+    """Meta tensors for `Kernel.run(problem, *arguments)`, see ops/schema.py."""
+    op, m, n, k, r, dtype, adapter_dtype, fmt, flags, _ = problem
+    weight = meta(n, k, dtype=dtype) if fmt.kind == "dense" else packed(fmt, n, k)
+    a, b = meta(r, k, dtype=adapter_dtype), meta(n, r, dtype=adapter_dtype)
+    seed = meta(1, dtype=torch.int64)
+    if op == "quantize":
+        return meta(n, k, dtype=dtype), fmt.kind, fmt.blocksize
+    if op == "dequantize":
+        return weight, dtype, None
+    if op == "dropout_mask":
+        return seed, _STREAM, _P
+    if op == "dora_norm":
+        return weight, a, b, 2.0
+    drop, dora = bool(flags & DROPOUT), bool(flags & DORA)
+    mag, norm = (meta(n), meta(n)) if dora else (None, None)
+    dropout = (seed if drop else None, _STREAM, _P if drop else 0.0)
+    if op == "lora_fwd":
+        bias = meta(n, dtype=dtype) if flags & BIAS else None
+        return (meta(m, k, dtype=dtype), weight, bias, a, b, 2.0, mag, norm, *dropout)
+    h = None if flags & LAZY_H else meta(m, r)
+    mask = meta(m, -(-k // 8), dtype=torch.uint8) if flags & SAVE_MASK else None
+    z = meta(m, n, dtype=dtype) if dora else None
+    return (meta(m, n, dtype=dtype), meta(m, k, dtype=dtype), weight, a, b, 2.0, mag, norm, h, mask, z, *dropout)
+
+
+FULL = "sm_90"  # the target that is compiled for the whole grid
+
+
+# --- the problems -----------------------------------------------------------------------------------------------------
+
+TRAINING = (8192, 4096, 4096)
+WIDE_IN = (8192, 4096, 14336)  # K > N: h is formed in the backward
+FEW = ((1, 4096, 4096), (16, 4096, 4096), (64, 4096, 4096))
+ODD = (1023, 1003, 999)  # nothing divides anything
+ONE = (1, 1, 1)  # every size becomes a constant
+RANKS = (16, 64, 256)
+
+
+def _linear(
+    shape: tuple[int, int, int], r: int, dtype: torch.dtype, fmt: Format, flags: int = 0, adapter: torch.dtype = FP32
+) -> Iterator[Problem]:
+    """Forward and backward of one adapted linear."""
+    m, n, k = shape
+    flags |= SAVE_MASK if flags & DROPOUT else 0
+    back = flags & ~BIAS | _GRADIENTS | (NEED_DMAG if flags & DORA else 0) | (NEED_DBIAS if flags & BIAS else 0)
+    yield Problem("lora_fwd", m, n, k, r, dtype, adapter, fmt, flags | TRAIN, "cuda")
+    yield Problem("lora_bwd", m, n, k, r, dtype, adapter, fmt, back, "cuda")
+
+
+def core() -> Iterator[Problem]:
+    """What every target compiles: each kernel with each option, the smallest and the largest rank."""
+    own_drop, shared = DORA | DROPOUT, DORA | DROPOUT | SHARED
+    for r, dtype, fmt, flags in (
+        (16, BF16, NESTED, 0),
+        (256, BF16, NESTED, 0),
+        (16, BF16, NESTED, own_drop),
+        (64, BF16, DENSE, DORA | BIAS),
+        (256, BF16, DENSE, shared),
+        (16, FP32, NESTED, 0),
+    ):
+        yield from _linear(TRAINING, r, dtype, fmt, flags)
+    yield from _linear(WIDE_IN, 16, BF16, NESTED, LAZY_H)
+    for shape, r, flags in ((FEW[0], 16, 0), (FEW[1], 16, DORA), (FEW[2], 64, 0)):
+        yield Problem("lora_fwd", *shape, r, BF16, FP32, NESTED, flags, "cuda")
+    yield from _linear(ODD, 24, BF16, NESTED, DROPOUT | BIAS)
+    yield from _ops()
+
+
+def rest() -> Iterator[Problem]:
+    """What the first target compiles besides: every rank with every dtype, every option with some rank."""
+    own_drop, shared = DORA | DROPOUT, DORA | DROPOUT | SHARED
+    for r, dtype in itertools.product(RANKS, (BF16, FP16, FP32)):
+        yield from _linear(TRAINING, r, dtype, NESTED)
+    for r in RANKS:
+        yield from _linear(TRAINING, r, BF16, DENSE, BIAS)
+    for r, dtype, fmt, flags in (
+        (16, BF16, NESTED, DROPOUT),
+        (16, BF16, NESTED, DORA),
+        (64, BF16, NESTED, DROPOUT),
+        (64, BF16, DENSE, own_drop | BIAS),
+        (256, BF16, NESTED, DORA),
+        (16, FP16, NESTED, own_drop),
+        (16, FP32, NESTED, own_drop),
+        (16, FP32, DENSE, shared),
+    ):
+        yield from _linear(TRAINING, r, dtype, fmt, flags)
+    yield from _linear(TRAINING, 16, BF16, PLAIN, 0, BF16)
+    yield from _linear(WIDE_IN, 256, BF16, NESTED, LAZY_H)
+    for shape, r, dtype, flags in (
+        *((shape, r, BF16, 0) for shape, r in itertools.product(FEW, (16, 64))),
+        (FEW[0], 16, BF16, DORA),
+        (FEW[1], 16, FP16, 0),
+        (FEW[1], 16, FP32, 0),
+        (FEW[2], 256, BF16, DORA),
+    ):
+        yield Problem("lora_fwd", *shape, r, dtype, FP32, NESTED, flags, "cuda")
+    yield from _linear(FEW[1], 16, BF16, NESTED, shared)
+    yield from _linear(ODD, 24, BF16, DENSE, DORA | DROPOUT | SHARED)
+    yield from _linear(ODD, 24, FP32, PLAIN, BIAS)
+    for fmt in (NESTED, DENSE):
+        yield from _linear(ONE, 1, BF16, fmt, shared | BIAS)
+    yield from _more_ops()
+
+
+def _ops() -> Iterator[Problem]:
+    _, n, k = TRAINING
+    for dtype, fmt in ((BF16, NESTED), (FP32, PLAIN)):
+        yield Problem("dequantize", 0, n, k, 0, dtype, dtype, fmt, 0, "cuda")
+    yield Problem("quantize", 0, n, k, 0, BF16, BF16, PLAIN, 0, "cuda")
+    yield Problem("dropout_mask", TRAINING[0], 0, k, 0, FP32, FP32, DENSE, 0, "cuda")
+    for r, fmt in ((16, NESTED), (256, NESTED), (16, DENSE)):
+        yield Problem("dora_norm", 0, n, k, r, BF16, FP32, fmt, 0, "cuda")
+
+
+def _more_ops() -> Iterator[Problem]:
+    _, n, k = TRAINING
+    custom, fp4 = Format("nf4", 64, custom_code=True), Format("fp4", 64)
+    for dtype, fmt in ((FP16, NESTED), (BF16, PLAIN), (BF16, custom)):
+        yield Problem("dequantize", 0, n, k, 0, dtype, dtype, fmt, 0, "cuda")
+    yield Problem("dequantize", 0, ODD[1], ODD[2], 0, BF16, BF16, NESTED, 0, "cuda")
+    for dtype, fmt in ((FP16, PLAIN), (FP32, PLAIN), (BF16, fp4)):
+        yield Problem("quantize", 0, n, k, 0, dtype, dtype, fmt, 0, "cuda")
+    yield Problem("dropout_mask", ODD[0], 0, ODD[2], 0, FP32, FP32, DENSE, 0, "cuda")
+    for r, dtype, fmt in ((64, BF16, NESTED), (256, FP32, DENSE), (16, FP32, PLAIN)):
+        yield Problem("dora_norm", 0, n, k, r, dtype, FP32, fmt, 0, "cuda")
+    yield Problem("dora_norm", 0, ODD[1], ODD[2], 24, BF16, FP32, NESTED, 0, "cuda")
+
+
+def _able(kernel: Kernel, problem: Problem) -> bool:
+    """Whether the plan takes the problem; that there is no GPU here does not count."""
+    limits = dataclasses.replace(kernel.limits, missing=lambda: "")
+    return not registry.why_not(dataclasses.replace(kernel, limits=limits), problem)
+
+
+def launches(targets: list[str]) -> Iterator[tuple[str, str, Launch]]:
+    """(target, "plan: problem", launch) of every plan that takes a problem of the grid, for each target."""
+    backends.load()
+    for name in targets:
+        for problem in (*core(), *rest()) if name == FULL else core():
+            for kernel in registry.kernels(problem.op):
+                if kernel.backend != "triton" or not _able(kernel, problem):
+                    continue
+                with record(TARGETS[name]) as found:
+                    kernel.run(problem, *arguments(problem))
+                for launch in found:
+                    yield name, f"{kernel.plan}: {problem}", launch
