@@ -274,8 +274,10 @@ def test_kept_folder_appears_whole_or_not_at_all(tmp_path):
     assert (folder / _folder.REPORT).read_text() == "second"
 
 
-def test_interrupt_while_the_new_folder_takes_the_old_ones_place(tmp_path, monkeypatch):
+def test_interrupt_while_the_new_folder_takes_the_old_ones_place(tmp_path, monkeypatch, request):
     """Ctrl-C between the two renames: the old one has gone and the new one must still come."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / _folder.REPORT).write_text("old")
