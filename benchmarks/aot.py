@@ -101,6 +101,8 @@ def decoded_elements(record: dict[str, Any]) -> int:
 
 def per_element(record: dict[str, Any]) -> float | None:
     """Thread instructions a decoded weight, as `Compiled.per_element` counts them; None in other kernels."""
+    if "per_element" in record:  # a committed record: it has no specialisation to tell from
+        return record["per_element"]
     elements = decoded_elements(record)
     if not elements:
         return None
@@ -255,7 +257,7 @@ def write(path: Path, entries: dict[str, Entry], seconds: float) -> None:
     if path.exists():
         document = json.loads(path.read_text())
     kernels = [
-        {"key": key} | entry.record | {"per_element": per_element(entry.record), "used_by": entry.used_by}
+        {"key": key, **_short(entry.record), "per_element": per_element(entry.record), "used_by": entry.used_by}
         for key, entry in sorted(entries.items(), key=lambda item: (item[1].what.name, item[1].what.target))
         if entry.record is not None
     ]
@@ -270,6 +272,11 @@ def write(path: Path, entries: dict[str, Entry], seconds: float) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_lines(document))
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what the key stands for and no figure is computed from."""
+    return {name: value for name, value in record.items() if name not in ("specialisation", "dots", "seconds")}
 
 
 def _lines(document: dict[str, Any]) -> str:

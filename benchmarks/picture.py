@@ -53,7 +53,7 @@ def model_bars(report: dict[str, Any]) -> list[Bar]:
     """Whole steps of SmolLM2-135M."""
     return [
         Bar(
-            f"SmolLM2-135M step, {entry['compute']}",
+            f"SmolLM2-135M, {entry['compute']}, {report['threads']} thread(s), p={entry['dropout']}",
             times["fastlora"] / times["frozen"],
             times["peft"] / times["frozen"],
         )
