@@ -21,7 +21,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -355,8 +354,3 @@ def _main_loop(back: list[tuple[int, int]]) -> int:
         if not any((first, last) != (a, b) and first <= a and b <= last for a, b in loops)
     ]
     return max((last - first + 1 for first, last in innermost), default=0)
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor without memory, for recording launches."""
-    return torch.empty(*shape, dtype=dtype, device="meta")
