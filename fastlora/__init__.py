@@ -9,7 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastlora import functional
+    from fastlora import adalora, functional
     from fastlora.config import LoraConfig
     from fastlora.errors import (
         ConfigError,
@@ -81,6 +81,7 @@ __all__ = [
     "StateDictError",
     "UnsupportedError",
     "accelerate",
+    "adalora",
     "add_adapters",
     "bnb_state_dict",
     "convert",
