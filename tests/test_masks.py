@@ -1,4 +1,4 @@
-"""One dropout decision, wherever it is made again: recompute, compiler, their combination, another backend.
+"""One dropout decision, wherever it is made again: backward, recompute, compiler, or all three together.
 
 With w = 0, a = I and b = I the layer's output is s * drop(x): both directions show the mask itself. From x = 1 and
 dy = 1 the output is the forward's mask times the scale, and dx the backward's.
@@ -6,18 +6,13 @@ dy = 1 the output is the forward's mask times the scale, and dx the backward's.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import backends
-from fastlora.dispatch import registry
 from fastlora.math import philox
-from fastlora.problem import DENSE, DROPOUT, Problem
 from fastlora.settings import override
 
 SIZE, P = 40, 0.4
@@ -93,20 +88,3 @@ def test_two_checkpointed_layers_under_the_compiler_keep_masks_of_their_own():
         assert torch.equal(x.grad, one + two)  # each backward with the mask of its own forward
         seen.append(y.detach())
     assert torch.equal(*seen)
-
-
-def able_backends() -> list[str]:
-    """Every backend of this machine that draws masks (Triton's own is held to the same bits by its own tests)."""
-    backends.load()
-    dtype = torch.float32
-    problem = Problem("dropout_mask", 5, 0, 19, 0, dtype, dtype, DENSE, DROPOUT, "cpu")
-    return [kernel.backend for kernel in registry.kernels("dropout_mask") if not registry.why_not(kernel, problem)]
-
-
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
-def test_every_backend_draws_the_specified_mask(p):
-    found = able_backends()
-    assert "reference" in found
-    for (rows, cols), backend in itertools.product([(1, 1), (5, 19), (33, 136)], found):
-        bits = torch.ops.fastlora.dropout_mask(torch.tensor([1 << 40]), 65537, rows, cols, p, backend)
-        assert torch.equal(bits, philox.dropout_bits(1 << 40, 65537, rows, cols, p)), backend
