@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -61,6 +63,15 @@ def move_adapter(model: Any, seed: int = 3, zeroed: float = 0.0) -> Any:
         else:
             tensor.copy_(noise * max(tensor.shape) ** -0.5)
     return model
+
+
+def peft_opens(folder: Path, model: nn.Module | None = None) -> Any:
+    """Plain PEFT opens the folder; of a rank_pattern, also one it wrote itself, it says that it matched no module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("error", category=UserWarning)
+        return peft.PeftModel.from_pretrained(model or llama(), str(folder)).eval()
 
 
 def random_gradients(parameters: dict[str, nn.Parameter], seed: int) -> dict[str, Tensor]:
