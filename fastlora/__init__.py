@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from fastlora.nn.quantized import QuantizedWeight
     from fastlora.nn.report import report
+    from fastlora.nn.streaming import load_quantized
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ _HOMES = {
     "convert": "nn.convert",
     "decelerate": "nn.accelerate",
     "load_adapter": "nn.checkpoint",
+    "load_quantized": "nn.streaming",
     "merge": "nn.model",
     "merge_and_unload": "nn.model",
     "param_groups": "nn.model",
@@ -88,6 +90,7 @@ __all__ = [
     "decelerate",
     "functional",
     "load_adapter",
+    "load_quantized",
     "merge",
     "merge_and_unload",
     "param_groups",
