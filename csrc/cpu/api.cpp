@@ -8,6 +8,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "args.h"
 
@@ -31,6 +34,8 @@ const Tier* compiled(int64_t tier) {
             return fl_tier_avx512();
         case TIER_AVX2:
             return fl_tier_avx2();
+        case TIER_NEON:
+            return fl_tier_neon();
         case TIER_SCALAR:
             return fl_tier_scalar();
         default:
@@ -58,6 +63,8 @@ bool cpu_has(int64_t tier) {
         default:
             return tier == TIER_SCALAR;
     }
+#elif defined(__aarch64__)
+    return tier == TIER_SCALAR || tier == TIER_NEON;
 #else
     return tier == TIER_SCALAR;
 #endif
@@ -135,6 +142,9 @@ __attribute__((visibility("hidden"))) float* fl_scratch(int slot, int64_t floats
         buffer.data = (float*)data;
         buffer.floats = (int64_t)(bytes / 4) - 64;
     }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(buffer.data, (size_t)(buffer.floats + 64) * 4);  // `Arena` cuts it anew
+#endif
     return buffer.data;
 }
 
