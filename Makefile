@@ -116,7 +116,7 @@ mutants: $(TEST_READY) ## break the kernels line by line: the tests must notice
 
 # The CPU library compiled by hand: one rule a folder, with setup.py's flags and what comes on top.
 CPU_SOURCES := $(wildcard csrc/cpu/*.cpp)
-CPU_PARTS := $(CPU_SOURCES) $(wildcard csrc/*/*.h) csrc/cpu/flags.txt
+CPU_PARTS := $(wildcard csrc/cpu/*.h csrc/include/*.h) csrc/cpu/flags.txt
 objects_in = $(patsubst csrc/%.cpp,$(1)/%.o,$(CPU_SOURCES))
 CPU_CXX ?= g++
 
@@ -136,6 +136,8 @@ build/neon/%.o: csrc/%.cpp $(CPU_PARTS)
 	@mkdir -p $(@D)
 	$(NEON_CXX) -O3 @csrc/cpu/flags.txt -fopenmp -c $< -o $@
 
+build/neon/tests/tiers.o build/asan/tests/tiers.o: csrc/tests/support.h
+
 build/neon/tiers: $(call objects_in,build/neon) build/neon/tests/tiers.o
 	$(NEON_CXX) -fopenmp $^ -o $@
 
@@ -151,7 +153,7 @@ asan: $(TEST_READY) ## the CPU library under AddressSanitizer and UBSan: every t
 	build/asan/tiers
 	env LD_PRELOAD="$$($(CPU_CXX) -print-file-name=libasan.so):$$($(CPU_CXX) -print-file-name=libstdc++.so.6)" \
 	  FASTLORA_CPU_LIBRARY=build/asan/libfastlora_cpu.so FASTLORA_BACKEND= \
-	  $(BIN)/python -m pytest -q -p no:xdist $(ASAN_TESTS) -m "not slow" -k "not do_not_grow" $(ARGS)
+	  $(BIN)/python -m pytest -q -p no:xdist --capture=sys $(ASAN_TESTS) -m "not slow" -k "not do_not_grow" $(ARGS)
 
 build/asan/%.o: csrc/%.cpp $(CPU_PARTS)
 	@mkdir -p $(@D)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import settings
+from fastlora import backends, settings
 from fastlora.backends import _cpu_library, cpu
 from fastlora.cli import explain
 from fastlora.dispatch import registry
@@ -398,6 +398,7 @@ def test_neon_is_known_and_refused_elsewhere() -> None:
 @pytest.mark.parametrize("present", [False, True])
 def test_amx_is_named_and_changes_no_choice(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
     """Nothing here uses AMX: `fastlora env` says so, and a CPU that has it runs what any other runs."""
+    backends.load()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: present)
     assert ("AMX" in cpu.describe()) == present
     for m, plan in ((4, "few"), (512, "tiled")):
@@ -408,6 +409,7 @@ def test_amx_is_named_and_changes_no_choice(monkeypatch: pytest.MonkeyPatch, pre
 
 def test_fp64_goes_to_the_reference_and_explain_says_why() -> None:
     problem = any_problem("lora_fwd")._replace(dtype=torch.float64, adapter_dtype=torch.float64)
+    backends.load()
     found = {(row["backend"], row["plan"]): row for row in explain.rows(problem)}
     assert found["reference", "torch"]["chosen"]
     for plan in ("few", "tiled"):
@@ -453,7 +455,7 @@ whole, path = pathlib.Path(sys.argv[1]).read_bytes(), pathlib.Path(sys.argv[2])
 for part in range(1, 20):
     path.write_bytes(whole[: len(whole) * part // 20])
     found, why = _cpu_library.open_library(path)
-    assert "cannot be loaded" in why or part > 14 and found is not None, (part, why)
+    assert "cannot be loaded" in why or part > 8 and found is not None, (part, why)
     if found is None:
         print(why)
 """
@@ -463,13 +465,14 @@ for part in range(1, 20):
 def test_a_library_cut_short_is_a_reason(tmp_path: pathlib.Path) -> None:
     """At any length, in a process of its own: the loader is killed where a segment lies beyond the file's end."""
     reasons = run_python(_CUT, str(LIBRARY), str(tmp_path / "cut.so")).splitlines()
-    assert len(reasons) >= 10 and all("cut short" in why for why in reasons)
+    assert len(reasons) >= 8 and all("cut short" in why for why in reasons)
 
 
 def test_without_a_library_layers_run_on_the_reference() -> None:
     case = Case(5, 24, 64, 4, torch.float32, "nf4", 0, torch.float32)
     operands = (case.x, case.weight, case.a, case.b, 0.5)
     expected = qlora_linear(*operands, backend="reference")
+    backends.load()
     with settings.override(cpu_library="/nowhere/lib.so"):
         assert _cpu_library.missing() == "CPU library not built (no file /nowhere/lib.so)"
         assert registry.select(case.problem).backend == "reference"

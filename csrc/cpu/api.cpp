@@ -2,6 +2,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -97,8 +99,22 @@ void slices(int64_t threads, int64_t total, int64_t grain, const Body& body) {
     if (total > 0) body(0, total);
 }
 
+// An empty tensor has no address, but copies of nothing from it need one. What may be absent stays so.
+void name_the_empty(Args& args) {
+    static float nothing[16];
+    for (const void** p : {&args.x, &args.dy, &args.dense})
+        if (!*p) *p = nothing;
+    for (const float** p : {&args.a, &args.b})
+        if (!*p) *p = nothing;
+    for (void** p : {&args.y, &args.dx})
+        if (!*p) *p = nothing;
+    for (float** p : {&args.da, &args.db, &args.dmag, &args.dbias})
+        if (!*p) *p = nothing;
+}
+
 int64_t run_team(const Args* given, Phased Tier::*op, double units) {
     Args args = *given;
+    name_the_empty(args);
     const Tier* tier = compiled(args.tier);
     if (!tier || !cpu_has(args.tier)) return FL_NO_TIER;
     args.threads = team_size(args, units);
