@@ -235,7 +235,7 @@ def lora_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """x [m, k] -> y [m, n] of x's dtype, and h fp32 [m, r], mask uint8 [m, ceil(k/8)], z [m, n] where flags ask."""
     library = _cpu_library.library()
-    _, m, n, k, r, dtype, _, _, flags, _ = problem
+    _, m, n, k, r, dtype, _, _, flags, _, _ = problem
     train, dora = flags & TRAIN, flags & DORA
     threshold, keep_scale = _dropout(problem, seed, p)
     y = x.new_empty((m, n))
@@ -278,7 +278,7 @@ def lora_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy [m, n] -> dx [m, k] of x's dtype, da and db of a's dtype, dmag and dbias fp32 [n]; None where not needed."""
     library = _cpu_library.library()
-    _, m, n, k, r, dtype, _, _, flags, _ = problem
+    _, m, n, k, r, dtype, _, _, flags, _, _ = problem
     dora = flags & DORA
     threshold, keep_scale = _dropout(problem, seed, p)
     if flags & DROPOUT and mask is None and flags & (NEED_DX | NEED_DA) and seed is not None:
