@@ -1,4 +1,4 @@
-"""LoraConfig: what an adapter is, in PEFT's words, checked once when it is made."""
+"""LoraConfig and AdaLoraConfig: what an adapter is, in PEFT's words, checked once when it is made."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastlora.errors import ConfigError, DtypeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DORA_DROPOUT = ("peft", "shared")
 SEED_END = 2**63 - 1  # seeds, of dropout and of initialisation, are in [0, SEED_END)
@@ -30,6 +33,9 @@ PEFT_BOOKKEEPING = frozenset(
         "task_type",
     }
 )
+
+
+_INIT_R = -1  # r of an AdaLoraConfig that says nothing else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +84,7 @@ class LoraConfig:
     bias: str = "none"
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ConfigError(f"r must be an integer of at least 1, got {self.r!r}")
+        self._check_rank()
         if not _is_number(self.lora_alpha):
             raise ConfigError(f"lora_alpha must be a finite number, got {self.lora_alpha!r}")
         for name in ("use_rslora", "use_dora"):
@@ -100,6 +105,10 @@ class LoraConfig:
             raise DtypeError(f"adapter_dtype must be a floating-point torch.dtype, got {self.adapter_dtype!r}")
         self._check_names()
         self._check_patterns()
+
+    def _check_rank(self) -> None:
+        if not _is_integer(self.r) or self.r < 1:
+            raise ConfigError(f"r must be an integer of at least 1, got {self.r!r}")
 
     def _check_names(self) -> None:
         """The fields that choose modules: of the right type, regular expressions that compile."""
@@ -137,9 +146,13 @@ class LoraConfig:
         """lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def replace(self, **changes: Any) -> LoraConfig:
+    def _values(self) -> dict[str, Any]:
+        """The fields a copy is made from."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **changes)
+        return type(self)(**(self._values() | changes))
 
     @classmethod
     def of(cls, config: Any = None, **fields: Any) -> LoraConfig:
@@ -148,21 +161,109 @@ class LoraConfig:
         Raises:
             ConfigError: a field that is unknown or that fastlora cannot honour; the message names it.
         """
+        kind: type[LoraConfig] = cls
         if config is None:
             values: dict[str, Any] = {}
-        elif isinstance(config, cls):
-            values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        elif isinstance(config, LoraConfig):
+            kind, values = type(config), config._values()
         elif isinstance(config, Mapping):
             values = dict(config)
         elif dataclasses.is_dataclass(config) and hasattr(config, "peft_type"):
-            values = _from_peft(config)
+            kind, values = _from_peft(config)
         else:
             raise DtypeError(f"expected a LoraConfig, a dict or a peft.LoraConfig, got {type(config).__name__}")
+        if not issubclass(kind, cls):
+            raise DtypeError(f"expected a config of {cls.__name__}, got {kind.__name__}")
         values.update(fields)
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(kind)]
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"unknown config field {unknown[0]!r}; known: {', '.join(known)}")
-        return cls(**values)
+        return kind(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaLoraConfig(LoraConfig):
+    """An adapter that spends one budget of ranks over all its layers (AdaLoRA, 2303.10512).
+
+    A layer holds `lora_A [r, in]`, `lora_E [r, 1]`, `lora_B [out, r]` and computes
+    y = x W^T + s drop(x) (A * E)^T B^T, s = lora_alpha / (init_r + 1e-5). That is PEFT's scale, not lora_alpha / r, and
+    it stays when ranks are pruned. With lora_alpha <= 0, init_r stands in its place.
+
+    Attributes:
+        init_r: rank every layer starts with.
+        target_r: the mean rank of a layer that the budget ends at, at most init_r.
+        tinit: steps before ranks are first pruned.
+        tfinal: steps at the end with the pattern frozen.
+        deltaT: steps between two allocations.
+        beta1, beta2: of the moving averages of sensitivity and uncertainty, in (0, 1).
+        orth_reg_weight: of `fastlora.adalora.orthogonal_penalty`.
+        total_step: optimizer steps of the whole run; must be given.
+        init_lora_weights: True (E = 0, A and B normal with std 0.02) or False (all normal with std 1, for tests).
+        r: the rank a layer holds; leave it alone (it is init_r). Only a layer loaded after pruning holds fewer.
+
+    use_dora, use_rslora, rank_pattern and alpha_pattern are refused: PEFT's AdaLoRA has no such thing, or ignores it.
+
+    Raises:
+        ConfigError, DtypeError: a field out of range; the message names it.
+    """
+
+    r: int = _INIT_R
+    init_lora_weights: bool | str = True
+    _: dataclasses.KW_ONLY
+    init_r: int = 12
+    target_r: int = 8
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("init_r", 1), ("target_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
+            if not _is_integer(value := getattr(self, name)) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not _is_integer(self.total_step) or self.total_step < 1:
+            got = f"got {self.total_step!r}" if self.total_step else "it was not given"
+            raise ConfigError(f"total_step must be the number of optimizer steps of the whole run, at least 1; {got}")
+        if self.target_r > self.init_r:
+            raise ConfigError(f"target_r must be at most init_r={self.init_r}, got {self.target_r}")
+        if self.tinit + self.tfinal >= self.total_step:
+            raise ConfigError(
+                f"no step is left to allocate ranks in: tinit={self.tinit} and tfinal={self.tfinal} must sum to less "
+                f"than total_step={self.total_step}"
+            )
+        for name in ("beta1", "beta2"):
+            if not _is_number(value := getattr(self, name)) or not 0 < value < 1:
+                raise ConfigError(f"{name} must be in (0, 1), got {value!r}")
+        if not _is_number(self.orth_reg_weight) or self.orth_reg_weight < 0:
+            raise ConfigError(f"orth_reg_weight must be a finite number of at least 0, got {self.orth_reg_weight!r}")
+        if not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(f"init_lora_weights of AdaLoRA must be True or False, got {self.init_lora_weights!r}")
+        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
+            if value := getattr(self, name):
+                raise ConfigError(f"AdaLoRA has no {name}, got {value!r}")
+        if self.r == _INIT_R:
+            object.__setattr__(self, "r", self.init_r)
+        super().__post_init__()
+
+    def _check_rank(self) -> None:
+        if not _is_integer(self.r) or not 0 <= self.r <= self.init_r:
+            raise ConfigError(
+                f"r is the rank a layer holds, 0 ... init_r={self.init_r}, got {self.r!r}; give init_r instead"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / (init_r + 1e-5), as PEFT; init_r in place of a lora_alpha that is not positive."""
+        return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + 1e-5)
+
+    def _values(self) -> dict[str, Any]:
+        values = super()._values()
+        if self.r == self.init_r:  # so that a copy with another init_r holds that
+            del values["r"]
+        return values
 
 
 def fresh_seed() -> int:
@@ -174,6 +275,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_regex(field: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
@@ -181,11 +286,15 @@ def _check_regex(field: str, pattern: Any) -> None:
         raise ConfigError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
 
 
-def _from_peft(config: Any) -> dict[str, Any]:
-    """The fields of a peft.LoraConfig we honour; anything else that differs from PEFT's default is refused by name."""
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-        raise ConfigError(f"expected a peft config of type LORA, got {config.peft_type}")
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+def _from_peft(config: Any) -> tuple[type[LoraConfig], dict[str, Any]]:
+    """The fields of a peft config we honour; anything else that differs from PEFT's default is refused by name."""
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    if method not in METHODS:
+        raise ConfigError(f"expected a peft config of type {' or '.join(METHODS)}, got {config.peft_type}")
+    kind = METHODS[method]
+    known = {field.name for field in dataclasses.fields(kind)}
+    if kind is AdaLoraConfig:
+        known -= {"r"}  # PEFT's AdaLoRA ignores it
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -199,9 +308,12 @@ def _from_peft(config: Any) -> dict[str, Any]:
         elif field.name in known:
             if value is not None:
                 values[field.name] = sorted(value) if isinstance(value, set) else value
-        elif field.name not in PEFT_BOOKKEEPING and value != _default(field):
+        elif field.name not in PEFT_BOOKKEEPING and value != _default(field) and (field.name != "r" or "r" in known):
             raise ConfigError(f"peft.LoraConfig field {field.name}={value!r} is not supported by fastlora's own layers")
-    return values
+    return kind, values
+
+
+METHODS: dict[str, type[LoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}  # by PEFT's peft_type
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

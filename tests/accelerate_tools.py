@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,16 +17,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
+from benchmarks import adoption_runs
+from benchmarks.adoption_runs import LINEARS, quantized
 from fastlora import functional, testing
 from fastlora.io import bnb
-from fastlora.math import philox
 from fastlora.math.nf4 import PackedWeight
 from fastlora.nn import accelerate as accelerating
 from fastlora.ops.lora import draw_seed
 from fastlora.testing import Case, Inputs, Outputs
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 # --- one layer --------------------------------------------------------------------------------------------------------
 
@@ -129,25 +126,6 @@ def fused(layer: Any) -> bool:
     return accelerating.is_ours(layer) and not accelerating.why_left(layer) and not layer._fastlora_left
 
 
-class Masked(nn.Dropout):
-    """Dropout with our masks and our scale, drawn as an accelerated layer draws them; for PEFT's side of a test."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return input
-        keep = functional.dropout_mask(input.shape, self.p, draw_seed(input.device))
-        return input * keep * philox.keep_scale(self.p)
-
-
-def with_our_masks(model: nn.Module) -> nn.Module:
-    """PEFT's model, dropping what ours would drop."""
-    for _, layer in accelerating.tuner_layers(model):
-        for name, drop in list(layer.lora_dropout.items()):  # type: ignore[union-attr, operator]
-            if isinstance(drop, nn.Dropout):
-                layer.lora_dropout[name] = Masked(drop.p)  # type: ignore[union-attr, index, operator]
-    return model
-
-
 # --- a model ----------------------------------------------------------------------------------------------------------
 
 
@@ -176,25 +154,6 @@ def llama(bias: bool = True, quant: str = "", nested: bool = True, tied: bool = 
     return quantized(model, quant, nested) if quant else model.eval()
 
 
-def quantized(model: Any, quant: str = "nf4", nested: bool = True, compute: torch.dtype = torch.float32) -> Any:
-    """The model with bitsandbytes' 4-bit linears, as transformers would have loaded it."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LINEARS:
-            new = bitsandbytes.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                module.bias is not None,
-                compute_dtype=compute,
-                compress_statistics=nested,
-                quant_type=quant,
-            )
-            new.load_state_dict(module.state_dict())
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], new.to("cpu"))
-    model.is_loaded_in_4bit = True
-    return model.eval()
-
-
 def adapted(model: Any, **fields: Any) -> Any:
     """A seeded `PeftModel` over all linears."""
     fields = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS} | fields
@@ -209,38 +168,8 @@ def batch(step: int = 0, rows: int = 2, length: int = 12) -> Tensor:
 
 def train(model: Any, steps: int = 50, lr: float = 1e-2, fresh: bool = True) -> list[float]:
     """Losses of a seeded AdamW run, on a fresh batch at every step or always on the same."""
-    torch.manual_seed(2)
-    model.train()
-    chosen = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=lr)
-    losses = []
-    for step in range(steps):
-        tokens = batch(step if fresh else 0)
-        loss = model(input_ids=tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@contextlib.contextmanager
-def nudged(model: nn.Module, seed: int = 5) -> Iterator[None]:
-    """Within the block a random half of every adapted output is moved by one unit in its last place."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def nudge(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        draw = torch.rand(y.shape, generator=generator)
-        target = torch.where(draw < 0.25, torch.inf, -torch.inf).to(y.dtype)
-        moved = torch.where(draw < 0.5, torch.nextafter(y.detach(), target), y.detach())
-        return y + (moved - y.detach())
-
-    handles = [layer.register_forward_hook(nudge) for _, layer in accelerating.tuner_layers(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    batches = [batch(step if fresh else 0) for step in range(steps)]
+    return adoption_runs.losses(model, batches, lambda net, ids: net(input_ids=ids, labels=ids).loss, lr)
 
 
 def shake(model: nn.Module, seed: int = 3) -> nn.Module:

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastlora
-from tests.accelerate_tools import LINEARS, adapted, batch, llama, with_our_masks
+from benchmarks.adoption_runs import with_our_masks
+from tests.accelerate_tools import LINEARS, adapted, batch, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::UserWarning:torch")
 
@@ -103,44 +104,81 @@ def test_a_registered_config_trains(tmp_path):
     assert losses(run)[-1] < losses(run)[0] - 0.5
 
 
-@pytest.mark.parametrize("quant", ["", "nf4"])
-def test_sft_trainer_losses_are_pefts(quant, tmp_path):
-    """The trainer builds the PEFT model from a registered config; trl casts adapters of a 4-bit model to bf16."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
+# --- trl's SFTTrainer -------------------------------------------------------------------------------------------------
+
+
+def sft(config: LoraConfig, folder: Path, quant: str = "", stop: int | None = None) -> Trainer:
+    """The trainer builds the PEFT model itself, from the config."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokens = [row.tolist() for step in range(8) for row in batch(step)]
     table = datasets.table.InMemoryTable.from_pydict({"input_ids": tokens, "labels": tokens})
-    rows = datasets.Dataset(table, fingerprint="counted")
+    arguments = trl.SFTConfig(
+        output_dir=str(folder),
+        max_steps=8,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        seed=3,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    torch.manual_seed(1)
+    run: Trainer = trl.SFTTrainer(
+        llama(quant=quant),
+        arguments,
+        train_dataset=datasets.Dataset(table, fingerprint="counted"),
+        processing_class=tokenizer(),
+        peft_config=config,
+        callbacks=[Stop(stop)] if stop else [],
+    )
+    return run
+
+
+@pytest.mark.parametrize("quant", ["", "nf4"])
+def test_sft_trainer_losses_are_pefts(quant, tmp_path):
+    """From a registered config; trl casts the adapters of a 4-bit model to bf16."""
     runs = []
     for registered in (False, True):
         config = LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM")
-        arguments = trl.SFTConfig(
-            output_dir=str(tmp_path / str(registered)),
-            max_steps=8,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            logging_steps=1,
-            save_steps=4,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            seed=3,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )
-        torch.manual_seed(1)
-        run = trl.SFTTrainer(
-            llama(quant=quant),
-            arguments,
-            train_dataset=rows,
-            processing_class=tokenizer(),
-            peft_config=fastlora.register(config) if registered else config,
-        )
+        run = sft(fastlora.register(config) if registered else config, tmp_path / str(registered), quant)
         run.train()
         runs.append(losses(run))
         assert len(fastlora.report(run.model).fused) == (14 if registered else 0)
     assert runs[1] == pytest.approx(runs[0], abs=2e-2 if quant else 2e-5)
     assert runs[1][-1] < runs[1][0] - 0.5
+
+
+@pytest.mark.parametrize("quant", ["", "nf4"])
+def test_a_resumed_sft_run_goes_on_as_if_uninterrupted(quant, tmp_path):
+    """Dropout included: bit for bit, from a checkpoint that holds the adapter only.
+
+    Over a 4-bit base trl trains bf16 adapters, and PEFT's loader raises them to fp32 when a run resumes, so that plain
+    PEFT's losses too differ in the fourth digit. Kept in fp32 throughout, they do not.
+    """
+
+    def trained(name: str, stop: int | None = None, resume: Path | None = None) -> Trainer:
+        config = LoraConfig(r=4, target_modules=LINEARS, task_type="CAUSAL_LM", lora_dropout=0.1)
+        run = sft(fastlora.register(config), tmp_path / name, quant, stop)
+        for parameter in run.model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        run.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return run
+
+    whole, first = trained("whole"), trained("parts", stop=4)
+    saved = tmp_path / "parts" / "checkpoint-4"
+    assert not (saved / "model.safetensors").exists()
+    second = trained("parts", resume=saved)
+    assert len(fastlora.report(second.model).fused) == 14
+    assert losses(first) == losses(whole)[:4]
+    assert losses(second) == losses(whole)
+    assert losses(whole)[-1] < losses(whole)[0] - 0.5
+    want, got = tensors(whole.model), tensors(second.model)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def tokenizer() -> Any:

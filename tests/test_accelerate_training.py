@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fastlora
+from benchmarks.adoption_runs import FACTOR, apart, nudged, with_our_masks
 from fastlora.nn import accelerate as accelerating
-from tests.accelerate_tools import adapted, batch, llama, logits, nudged, shake, train, with_our_masks
+from tests.accelerate_tools import adapted, batch, llama, logits, shake, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::UserWarning:torch")
 
@@ -29,10 +30,6 @@ CONFIGS = {
 }
 # At this rate AdamW does not amplify the single flips of a gradient's sign: PEFT agrees with itself for any nudge.
 RATE = 3e-3
-
-
-def apart(one: list[float], other: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -56,7 +53,7 @@ def test_losses_are_pefts_to_a_rounding(name):
     assert (len(report.fused), report.left) == (14, {})
     assert want[-1] < want[0] - 1
     assert unit > 0
-    assert apart(got, want) <= 3 * unit
+    assert apart(got, want) <= FACTOR * unit
 
 
 def test_a_wrong_scale_is_seen_in_the_losses():

@@ -202,8 +202,8 @@ def test_a_peft_field_we_cannot_honour_is_refused_by_name(fields):
 def test_other_peft_methods_are_refused():
     with pytest.raises((ConfigError, TypeError), match="IA3|IA³|LORA"):
         LoraConfig.of(peft.IA3Config())
-    with pytest.raises(ConfigError, match="ADALORA"):
-        LoraConfig.of(peft.AdaLoraConfig(total_step=10))
+    with pytest.raises(ConfigError, match="LOHA"):
+        LoraConfig.of(peft.LoHaConfig())
 
 
 def test_a_peft_config_without_targets_is_not_silently_all_linear():

@@ -78,7 +78,7 @@ def plan(layer: AdaptedLinear, entries: dict[str, Any], assign: bool) -> tuple[l
     elif layer.bias is not None:
         missing.append("bias")
     for name in layer.lora_A:
-        groups = [(key, group) for key, group in _groups(layer).items() if name in group]
+        groups = [(key, group) for key, group in layer.adapter_groups().items() if name in group]
         have = [key for key, _ in groups if f"{key}.{name}" in entries]
         if have and len(have) < len(groups):
             lacking = next(key for key, _ in groups if key not in have)
@@ -91,10 +91,6 @@ def plan(layer: AdaptedLinear, entries: dict[str, Any], assign: bool) -> tuple[l
             else:
                 missing.append(label)
     return loads, missing, sorted(set(entries) - used)
-
-
-def _groups(layer: AdaptedLinear) -> dict[str, nn.ParameterDict]:
-    return {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "lora_magnitude": layer.lora_magnitude}
 
 
 def _weight_keys(layer: AdaptedLinear) -> list[str]:

@@ -1,0 +1,219 @@
+"""SmolLM2-135M trained by PEFT before and after `fastlora.accelerate`, from the same seed: are the losses PEFT's?
+
+    python -m benchmarks.adoption [--json FILE] [--png FILE] [--steps N] [--kinds NAME ...]
+
+Each kind of adapter trains four times on the same batches of the demo's text, with AdamW: PEFT's own layers on one
+thread (the reference), on two threads, with a random half of every adapted output moved by one unit in its last place,
+and accelerated. At every step the accelerated loss may differ from the reference by 3 times the largest difference that
+PEFT's other two runs have shown up to that step. With dropout, PEFT drops by our masks and scale, since the streams of
+the two differ. Adapters and compute are fp32; the loss is taken in float64, so that its own rounding hides nothing.
+
+The kinds in `SHORT` run a quarter of the steps, to keep the whole at some twelve minutes of one core. SmolLM2's linears
+have no bias, so `bias="all"` has nothing to train here: tests/test_accelerate_training.py runs it on a model that has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import fastlora
+from benchmarks import adoption_runs as runs
+from benchmarks.cpu_report import RESULTS, describe
+from benchmarks.step_beside_peft import IGNORE, Batch, _real, _tiny
+
+SCHEMA = 1
+RANK, ALPHA, RATE, TOKENS = 8, 16, 2e-4, 100
+# name -> (arguments of `quantized`, fields of peft.LoraConfig)
+KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "lora": (None, {}),
+    "dora": (None, {"use_dora": True}),
+    "nf4 nested, dropout 0.05": ({"nested": True}, {"lora_dropout": 0.05}),
+    "rslora": (None, {"use_rslora": True}),
+    "lora_bias": (None, {"lora_bias": True}),
+    "lora, dropout 0.1": (None, {"lora_dropout": 0.1}),
+    "nf4": ({"nested": False}, {}),
+    "nf4 nested, dora, dropout 0.05": ({"nested": True}, {"use_dora": True, "lora_dropout": 0.05}),
+}
+SHORT = ("rslora", "lora_bias", "lora, dropout 0.1", "nf4", "nf4 nested, dora, dropout 0.05")
+
+
+def loss_of(model: Any, batch: Batch) -> Tensor:
+    """Cross-entropy per target token, in float64; the output head runs on the targets alone."""
+    inner = model.get_base_model()
+    hidden = inner.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    wanted = batch.labels[:, 1:] != IGNORE
+    logits = inner.lm_head(hidden[:, :-1][wanted])
+    return nn.functional.cross_entropy(logits.double(), batch.labels[:, 1:][wanted])
+
+
+def adapted(model: nn.Module, kind: str) -> Any:
+    """A seeded PeftModel of a copy of the model."""
+    quant, fields = KINDS[kind]
+    base: Any = copy.deepcopy(model)
+    if quant is not None:
+        base = runs.quantized(base, **quant)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=runs.LINEARS, **fields)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        return peft.get_peft_model(base, config)
+
+
+def compare(model: nn.Module, batches: list[Batch], kind: str) -> dict[str, Any]:
+    """The four runs of one kind, and the verdict.
+
+    Raises:
+        RuntimeError: a layer was left to PEFT, or PEFT's own runs are the same to the bit, so that they say nothing.
+    """
+    started = time.perf_counter()
+    with runs.threads(1):
+        want = runs.losses(runs.with_our_masks(adapted(model, kind)), batches, loss_of, RATE)
+        moved = runs.with_our_masks(adapted(model, kind))
+        with runs.nudged(moved):
+            nudge = runs.losses(moved, batches, loss_of, RATE)
+        ours = fastlora.accelerate(adapted(model, kind), strict=True)
+        got = runs.losses(ours, batches, loss_of, RATE)
+        report = fastlora.report(ours)
+    if report.left:
+        raise RuntimeError(f"{kind}: left to PEFT: {report.left}")
+    with runs.threads(2):
+        two = runs.losses(runs.with_our_masks(adapted(model, kind)), batches, loss_of, RATE)
+    allowed, found = runs.allowance(want, two, nudge), runs.distances(want, got)
+    if allowed[-1] == 0.0:
+        raise RuntimeError(f"{kind}: PEFT's three runs are equal to the bit: no measure")
+    return {
+        "kind": kind,
+        "steps": len(batches),
+        "layers_fused": len(report.fused),
+        "ok": all(difference <= most for difference, most in zip(found, allowed, strict=True)),
+        "largest_difference": max(found),
+        "largest_allowed": allowed[-1],
+        "peft_two_threads": runs.apart(want, two),
+        "peft_nudged": runs.apart(want, nudge),
+        "share_of_allowance": max(d / most for d, most in zip(found, allowed, strict=True) if most),
+        "seconds": round(time.perf_counter() - started, 1),
+        "losses": {"peft": want, "accelerated": got, "peft_two_threads": two, "peft_nudged": nudge},
+        "allowed": allowed,
+    }
+
+
+def measure(kinds: Sequence[str], steps: int, tiny: bool) -> dict[str, Any]:
+    """Everything, as JSON types; says on stderr how far it is."""
+    started = time.perf_counter()
+    model, batches = _tiny() if tiny else _real(TOKENS)
+    results = []
+    for kind in kinds:
+        count = max(1, steps // 4) if kind in SHORT else steps
+        results.append(compare(model, [batches[step % len(batches)] for step in range(count)], kind))
+        print(f"{kind}: {results[-1]['seconds']} s", file=sys.stderr, flush=True)
+    return {
+        "schema": SCHEMA,
+        "mode": "tiny" if tiny else "cpu",
+        "model": "two small random layers" if tiny else "SmolLM2-135M",
+        "base_bias": "none: the model's linears have no bias",
+        "adapter": {"r": RANK, "lora_alpha": ALPHA, "lr": RATE, "optimizer": "AdamW"},
+        "batch": {"sequences": batches[0].ids.shape[0], "tokens": [batch.ids.numel() for batch in batches[:steps]]},
+        "factor": runs.FACTOR,
+        "seconds": round(time.perf_counter() - started, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": describe(),
+        "results": results,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The short form, for the terminal."""
+    lines = [f"{'':<32}{'steps':>6}{'loss':>18}{'difference':>12}{'2 threads':>12}{'1 ulp':>12}{'of allowed':>12}"]
+    for entry in report["results"]:
+        losses = entry["losses"]["accelerated"]
+        numbers = [entry[name] for name in ("largest_difference", "peft_two_threads", "peft_nudged")]
+        cells = "".join(f"{number:>12.1e}" for number in numbers)
+        verdict = "" if entry["ok"] else "  TOO FAR"
+        fell = f"{losses[0]:.3f} to {losses[-1]:.3f}"
+        lines.append(
+            f"{entry['kind']:<32}{entry['steps']:>6}{fell:>18}{cells}{entry['share_of_allowance']:>12.2f}{verdict}"
+        )
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any], path: Path) -> bool:
+    """Both loss curves above, their difference and the allowance below, a column a kind; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    results, columns = report["results"], 4
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(12.5, 4.4 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2 * rows, columns)
+    for place, entry in enumerate(results):
+        row, column = divmod(place, columns)
+        steps, curves = range(1, entry["steps"] + 1), entry["losses"]
+        above = figure.add_subplot(grid[2 * row, column])
+        above.plot(steps, curves["peft"], color="#9db4c8", linewidth=4, label="PEFT")
+        above.plot(steps, curves["accelerated"], color="#2e7d32", linewidth=1.2, label="accelerated")
+        above.set_title(entry["kind"] + ("" if entry["ok"] else ": TOO FAR"), fontsize=9, loc="left")
+        below = figure.add_subplot(grid[2 * row + 1, column], sharex=above)
+        found = runs.distances(curves["peft"], curves["accelerated"])
+        below.plot(steps, found, color="#2e7d32", linewidth=1.2, label="|accelerated - PEFT|")
+        below.plot(steps, entry["allowed"], color="#c0392b", linewidth=1.2, linestyle="--", label="allowed")
+        below.set_yscale("symlog", linthresh=1e-8)
+        below.set_xlabel("step", fontsize=8)
+        for axes, label in ((above, "loss"), (below, "difference")):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+            if column == 0:
+                axes.set_ylabel(label, fontsize=8)
+            if place == 0:
+                axes.legend(frameon=False, fontsize=8)
+    tiny = "TINY MODEL: " if report["mode"] == "tiny" else ""
+    figure.suptitle(
+        f"{tiny}{report['model']} before and after accelerate; allowed: {report['factor']:.0f} x PEFT's largest "
+        "distance from itself (2 threads, or half of the outputs moved by 1 ulp) so far",
+        fontsize=10,
+    )
+    figure.savefig(path)
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, write; 1 if any kind is too far from PEFT."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adoption", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, default=RESULTS / "adoption.json")
+    parser.add_argument("--png", type=Path, default=RESULTS / "adoption.png")
+    parser.add_argument("--steps", type=int, default=50, help="of a run (a quarter of it for some kinds)")
+    parser.add_argument("--kinds", choices=tuple(KINDS), nargs="+", default=tuple(KINDS))
+    parser.add_argument("--tiny", action="store_true", help="a made-up small model; needs --json and --png")
+    chosen = parser.parse_args(arguments)
+    if chosen.steps < 1:
+        parser.error("--steps must be at least 1")
+    if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
+        parser.error("--tiny is no measurement: say with --json and --png where its files go")
+    try:
+        report = measure(tuple(dict.fromkeys(chosen.kinds)), chosen.steps, chosen.tiny)
+    except (fastlora.FastloraError, RuntimeError) as error:
+        print(f"adoption: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if not draw(report, chosen.png):
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return 0 if all(entry["ok"] for entry in report["results"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
