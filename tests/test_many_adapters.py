@@ -17,7 +17,7 @@ from fastlora.ops.grouped import RowAdapter, mixed_linear
 from fastlora.ops.lora import lora_linear
 from tests.many_tools import MIXES, OWNER, batch, op_samples
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "cpu"]
 
 
 # --- segments ---------------------------------------------------------------------------------------------------------
