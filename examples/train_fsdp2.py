@@ -1,7 +1,7 @@
 """QLoRA over several processes with torch's own engine: FSDP2 by default, DDP with --ddp.
 
     torchrun --nproc-per-node 2 examples/train_fsdp2.py
-    accelerate launch --num_processes 2 --cpu examples/train_fsdp2.py --ddp
+    accelerate launch --multi_gpu --num_processes 2 examples/train_fsdp2.py --ddp
 
 Runs on GPUs (nccl) where there are any, else on CPUs (gloo). The model is a small random one, so that nothing is
 downloaded; put your own in its place. The adapter is saved in PEFT's format by all processes together.
@@ -25,16 +25,8 @@ def block(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
-def main() -> None:
-    """Train a few steps and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ddp", action="store_true", help="replicate the model instead of sharding it")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", default="adapter-out")
-    options = parser.parse_args()
-
-    gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if gpu else "gloo")
+def train(options: argparse.Namespace, gpu: bool) -> None:
+    """Build, train a few steps and save."""
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
 
@@ -62,6 +54,20 @@ def main() -> None:
     inner = model.module if options.ddp else model
     if not options.ddp or rank == 0:  # sharded: together; replicated: one is enough
         print(f"process {rank}: saved to {fastlora.save_adapter(inner, options.out)}")
+    dist.barrier()
+
+
+def main() -> None:
+    """Join the other processes, train, leave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ddp", action="store_true", help="replicate the model instead of sharding it")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", default="adapter-out")
+    options = parser.parse_args()
+
+    gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if gpu else "gloo")
+    train(options, gpu)  # a function of its own: the model must be gone before the group it communicates through
     dist.destroy_process_group()
 
 

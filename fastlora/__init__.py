@@ -9,7 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastlora import functional
+    from fastlora import adalora, functional
     from fastlora.config import LoraConfig
     from fastlora.errors import (
         ConfigError,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from fastlora.nn.quantized import QuantizedWeight
     from fastlora.nn.report import report
+    from fastlora.nn.streaming import load_quantized
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ _HOMES = {
     "convert": "nn.convert",
     "decelerate": "nn.accelerate",
     "load_adapter": "nn.checkpoint",
+    "load_quantized": "nn.streaming",
     "merge": "nn.model",
     "merge_and_unload": "nn.model",
     "param_groups": "nn.model",
@@ -81,12 +83,14 @@ __all__ = [
     "StateDictError",
     "UnsupportedError",
     "accelerate",
+    "adalora",
     "add_adapters",
     "bnb_state_dict",
     "convert",
     "decelerate",
     "functional",
     "load_adapter",
+    "load_quantized",
     "merge",
     "merge_and_unload",
     "param_groups",

@@ -155,13 +155,15 @@ class LoraConfig:
         return type(self)(**(self._values() | changes))
 
     @classmethod
-    def of(cls, config: Any = None, **fields: Any) -> LoraConfig:
-        """A LoraConfig from a LoraConfig, a dict, a `peft.LoraConfig` or None, with `fields` on top.
+    def of(cls, config: Any = None, **fields: Any) -> Self:
+        """A LoraConfig from a LoraConfig, a dict, a config of PEFT's or None, with `fields` on top.
+
+        Of an AdaLoRA config, ours or PEFT's, it makes an AdaLoraConfig.
 
         Raises:
             ConfigError: a field that is unknown or that fastlora cannot honour; the message names it.
         """
-        kind: type[LoraConfig] = cls
+        kind: type[Any] = cls
         if config is None:
             values: dict[str, Any] = {}
         elif isinstance(config, LoraConfig):
@@ -178,7 +180,8 @@ class LoraConfig:
         known = [field.name for field in dataclasses.fields(kind)]
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"unknown config field {unknown[0]!r}; known: {', '.join(known)}")
-        return kind(**values)
+        made: Self = kind(**values)
+        return made
 
 
 @dataclasses.dataclass(frozen=True)

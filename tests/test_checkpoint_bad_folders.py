@@ -67,7 +67,7 @@ BAD = {
     "config not text": (lambda d: (d / CONFIG).write_bytes(b"\xff\xfe\x00"), StateDictError, CONFIG),
     "config a list": (lambda d: (d / CONFIG).write_text("[]"), StateDictError, "LORA"),
     "config of a model": (lambda d: (d / CONFIG).write_text('{"model_type": "llama"}'), StateDictError, "LORA"),
-    "AdaLoRA": (lambda d: edit_config(d, peft_type="ADALORA"), StateDictError, "ADALORA"),
+    "AdaLoRA by name alone": (lambda d: edit_config(d, peft_type="ADALORA"), ConfigError, "total_step"),
     "LoHa": (lambda d: edit_config(d, peft_type="LOHA"), StateDictError, "LOHA"),
     "metadata not JSON": (lambda d: _rewrite_metadata(d, "{half"), StateDictError, "fastlora"),
     "metadata a list": (lambda d: _rewrite_metadata(d, "[1]"), StateDictError, "fastlora"),

@@ -1,7 +1,9 @@
-"""PEFT's LoRA checkpoint format as pure functions: adapter_config.json and the keys of adapter_model.safetensors.
+"""PEFT's LoRA and AdaLoRA checkpoints as pure functions: adapter_config.json and the keys of adapter_model.safetensors.
 
 Keys, after "base_model.model." + the module's name:
   .lora_A.weight [r, in]   .lora_B.weight [out, r]   .lora_magnitude_vector [out] (DoRA; also read with ".weight")
+  .lora_A [r', in]   .lora_E [r', 1]   .lora_B [out, r']   (AdaLoRA, no ".weight"; r' <= init_r once ranks were pruned:
+      the config's rank_pattern then maps ".lora_E" of each module to the init_r booleans that say which are left)
   .base_layer.bias [out]   (bias="all" or "lora_only")      plain names for biases elsewhere and for modules_to_save
 Source: https://github.com/huggingface/peft, `save_and_load.py` and `tuners/lora/config.py`, as of 0.21.
 """
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.config import PEFT_BOOKKEEPING, LoraConfig
+from fastlora.config import METHODS, PEFT_BOOKKEEPING, AdaLoraConfig, LoraConfig
 from fastlora.errors import ConfigError, StateDictError
 from fastlora.math import init
 
@@ -29,6 +31,17 @@ METADATA_KEY = "fastlora"
 _SHARED_INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 # What PEFT cannot hold; it travels in the safetensors metadata, which PEFT ignores.
 _OWN_FIELDS = ("init_lora_weights", "init_bound", "init_seed", "dora_dropout")
+# How the keys of an adapter's tensors end; the plain ones are AdaLoRA's.
+_ENDINGS = {
+    "a": (".lora_A.weight",),
+    "b": (".lora_B.weight",),
+    "magnitude": (".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+    "plain_a": (".lora_A",),
+    "plain_b": (".lora_B",),
+    "e": (".lora_E",),
+}
+# PEFT's AdaLoRA on top of the rest.
+ADALORA_FIELDS = tuple(field.name for field in dataclasses.fields(AdaLoraConfig) if field.kw_only)
 # PEFT fields without a meaning for our layers at any value.
 _HARMLESS = frozenset({"megatron_core", "peft_version", "qalora_group_size", *PEFT_BOOKKEEPING})
 # PEFT fields that must be at these values: another value asks for something our layers do not do.
@@ -59,6 +72,8 @@ class AdapterTensors(NamedTuple):
     a: Tensor  # [r, in]
     b: Tensor  # [out, r]
     magnitude: Tensor | None = None  # [out]
+    e: Tensor | None = None  # [r, 1]: this is AdaLoRA
+    kept: list[bool] | None = None  # of init_r: which triplets a, b and e are; None: all, never pruned
 
 
 class Checkpoint(NamedTuple):
@@ -80,10 +95,18 @@ def _init_for_peft(config: LoraConfig) -> bool | str:
 
 
 def config_to_json(
-    config: LoraConfig, target_modules: list[str] | str, base_model: str | None, task: str | None
+    config: LoraConfig,
+    target_modules: list[str] | str,
+    base_model: str | None,
+    task: str | None,
+    kept: Mapping[str, list[bool]] | None = None,
 ) -> str:
-    """adapter_config.json: only fields every PEFT of the last years knows, sorted as PEFT sorts them."""
-    fields = {
+    """adapter_config.json: only fields every PEFT of the last years knows, sorted as PEFT sorts them.
+
+    Args:
+        kept: of a pruned AdaLoRA adapter: module -> which of its init_r triplets are left.
+    """
+    fields: dict[str, Any] = {
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
@@ -106,6 +129,10 @@ def config_to_json(
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
+    if isinstance(config, AdaLoraConfig):
+        # PEFT's default r: its AdaLoRA ignores r and warns about any other.
+        fields |= {"peft_type": "ADALORA", "r": 8, **{name: getattr(config, name) for name in ADALORA_FIELDS}}
+        fields["rank_pattern"] = None if kept is None else {f"{name}.lora_E": mask for name, mask in kept.items()}
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
@@ -115,23 +142,32 @@ def metadata_of(config: LoraConfig) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: json.dumps(own, sort_keys=True)}
 
 
-def config_from_json(text: str, metadata: Mapping[str, str] | None = None) -> LoraConfig:
-    """A LoraConfig from adapter_config.json (lora_alpha defaults to PEFT's 8) and the safetensors metadata.
-
-    Raises:
-        StateDictError: not JSON, or not a LoRA adapter's. ConfigError: a field we cannot honour; named.
-    """
+def _fields(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise StateDictError(f"{CONFIG_NAME} is not JSON: {error}") from None
-    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
-        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-        raise StateDictError(f'expected an adapter with peft_type "LORA" in {CONFIG_NAME}, got {kind!r}')
+    method = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
+    if not isinstance(fields, dict) or not isinstance(method, str) or method not in METHODS:
+        wanted = " or ".join(f'"{name}"' for name in METHODS)
+        raise StateDictError(f"expected an adapter with peft_type {wanted} in {CONFIG_NAME}, got {method!r}")
+    return fields
+
+
+def config_from_json(text: str, metadata: Mapping[str, str] | None = None) -> LoraConfig:
+    """A LoraConfig from adapter_config.json (lora_alpha defaults to PEFT's 8) and the safetensors metadata.
+
+    For AdaLoRA an AdaLoraConfig; its rank_pattern is read by `masks_from_json`.
+
+    Raises:
+        StateDictError: not JSON, or not a LoRA adapter's. ConfigError: a field we cannot honour; named.
+    """
+    fields = _fields(text)
+    kind = METHODS[fields["peft_type"]]
     for name, allowed in _MUST_BE.items():
         if name in fields and fields[name] not in allowed:
             raise ConfigError(f"{CONFIG_NAME}: {name}={fields[name]!r} is not supported")
-    known = {field.name for field in dataclasses.fields(LoraConfig)} - {"adapter_dtype"}
+    known = {field.name for field in dataclasses.fields(kind)} - {"adapter_dtype"}
     for name in sorted(set(fields) - known - set(_MUST_BE) - _HARMLESS):
         if fields[name]:
             raise ConfigError(f"{CONFIG_NAME}: {name}={fields[name]!r} is not known, so it cannot be honoured")
@@ -139,7 +175,53 @@ def config_from_json(text: str, metadata: Mapping[str, str] | None = None) -> Lo
     values.setdefault("lora_alpha", 8)
     own = _own_fields(metadata or {})
     values |= {name: own[name] for name in _OWN_FIELDS if own.get(name) is not None}
-    return LoraConfig.of(values)
+    if kind is AdaLoraConfig:
+        for name in ("r", "rank_pattern"):  # PEFT ignores the one; the other is not a rank for each module
+            values.pop(name, None)
+        values["init_lora_weights"] = bool(values.get("init_lora_weights", True))  # all that PEFT asks of it
+    return kind.of(values)
+
+
+def masks_from_json(text: str) -> dict[str, list[bool]] | None:
+    """AdaLoRA's rank_pattern, by module; None where there is none.
+
+    Raises:
+        StateDictError: not a mapping of "<module>.lora_E" to booleans.
+    """
+    fields = _fields(text)
+    pattern = fields.get("rank_pattern")
+    if fields["peft_type"] != "ADALORA" or not pattern:
+        return None
+    if not isinstance(pattern, dict):
+        raise StateDictError(f"{CONFIG_NAME}: expected rank_pattern to map modules to booleans, got {pattern!r:.60}")
+    for name, mask in pattern.items():
+        if not name.endswith(".lora_E") or not isinstance(mask, list) or {type(kept) for kept in mask} - {bool}:
+            raise StateDictError(
+                f'{CONFIG_NAME}: expected rank_pattern to map "<module>.lora_E" to booleans, got {name!r}: {mask!r:.60}'
+            )
+    return {name.removesuffix(".lora_E"): mask for name, mask in pattern.items()}
+
+
+def with_masks(checkpoint: Checkpoint, config: LoraConfig, masks: Mapping[str, list[bool]] | None) -> Checkpoint:
+    """The checkpoint with the masks of its pruned AdaLoRA modules.
+
+    Raises:
+        StateDictError: masks that do not fit init_r, the tensors, or the modules.
+    """
+    if masks is None or not isinstance(config, AdaLoraConfig):
+        return checkpoint
+    if odd := sorted(set(masks) ^ set(checkpoint.adapters)):
+        where = "a module without tensors" if odd[0] in masks else "an entry missing"
+        raise StateDictError(f"{CONFIG_NAME}: rank_pattern does not fit the checkpoint: {where}, {odd[0]}")
+    for name, mask in masks.items():
+        rank = checkpoint.adapters[name].a.shape[0]
+        if len(mask) != config.init_r or sum(mask) != rank:
+            raise StateDictError(
+                f"{CONFIG_NAME}: rank_pattern of {name} keeps {sum(mask)} of {len(mask)} ranks; expected {rank} of "
+                f"init_r={config.init_r}"
+            )
+    kept = {name: tensors._replace(kept=masks[name]) for name, tensors in checkpoint.adapters.items()}
+    return checkpoint._replace(adapters=kept)
 
 
 def _own_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -156,8 +238,11 @@ def to_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """PEFT's keys for a checkpoint."""
     state = {}
     for module, tensors in checkpoint.adapters.items():
-        state[f"{PREFIX}{module}.lora_A.weight"] = tensors.a
-        state[f"{PREFIX}{module}.lora_B.weight"] = tensors.b
+        ending = ".weight" if tensors.e is None else ""
+        state[f"{PREFIX}{module}.lora_A{ending}"] = tensors.a
+        state[f"{PREFIX}{module}.lora_B{ending}"] = tensors.b
+        if tensors.e is not None:
+            state[f"{PREFIX}{module}.lora_E"] = tensors.e
         if tensors.magnitude is not None:
             state[f"{PREFIX}{module}.lora_magnitude_vector"] = tensors.magnitude
     for name, tensor in checkpoint.others.items():
@@ -179,11 +264,7 @@ def from_state(state: Mapping[str, Tensor]) -> Checkpoint:
         if not key.startswith(PREFIX):
             raise StateDictError(f"expected keys that start with {PREFIX!r}, got {key!r}: not a PEFT LoRA checkpoint")
         name = key[len(PREFIX) :]
-        for kind, endings in (
-            ("a", (".lora_A.weight",)),
-            ("b", (".lora_B.weight",)),
-            ("magnitude", (".lora_magnitude_vector", ".lora_magnitude_vector.weight")),
-        ):
+        for kind, endings in _ENDINGS.items():
             ending = next((e for e in endings if name.endswith(e)), None)
             if ending:
                 if not tensor.is_floating_point():
@@ -192,22 +273,30 @@ def from_state(state: Mapping[str, Tensor]) -> Checkpoint:
                 break
         else:
             if ".lora_" in name:
-                raise StateDictError(f"cannot read {key!r}: only linear layers' LoRA and DoRA are supported")
+                raise StateDictError(f"cannot read {key!r}: only linear layers' LoRA, DoRA and AdaLoRA are supported")
             others[name.replace(".base_layer.", ".")] = tensor
-    adapters = {}
-    for module, tensors in parts.items():
-        if "a" not in tensors or "b" not in tensors:
-            lacking = "lora_A" if "a" not in tensors else "lora_B"
-            raise StateDictError(f"the adapter of {module} is incomplete: {lacking} is missing")
-        if tensors["a"].dim() != 2 or tensors["b"].dim() != 2 or tensors["a"].shape[0] != tensors["b"].shape[1]:
-            shapes = tuple(tensors["a"].shape), tuple(tensors["b"].shape)
-            raise StateDictError(
-                f"{module}: expected lora_A [r, in] and lora_B [out, r], got {shapes[0]} and {shapes[1]}"
-            )
-        adapters[module] = AdapterTensors(**tensors)
+    adapters = {module: _joined(module, tensors) for module, tensors in parts.items()}
     if not adapters:
         raise StateDictError("the checkpoint holds no lora_A and lora_B tensors")
     return Checkpoint(adapters, others)
+
+
+def _joined(module: str, found: dict[str, Tensor]) -> AdapterTensors:
+    """One module's tensors, checked against one another."""
+    adalora = bool({"plain_a", "plain_b", "e"} & set(found))
+    a, b = ("plain_a", "plain_b") if adalora else ("a", "b")
+    for kind, name in ((a, "lora_A"), (b, "lora_B"), *((("e", "lora_E"),) if adalora else ())):
+        if kind not in found:
+            raise StateDictError(f"the adapter of {module} is incomplete: {name} is missing")
+    if adalora and len(found) > 3:
+        raise StateDictError(f"{module}: holds the keys of both LoRA and AdaLoRA")
+    rows = found[a].shape[0] if found[a].dim() == 2 else -1
+    if found[b].dim() != 2 or found[b].shape[1] != rows:
+        shapes = tuple(found[a].shape), tuple(found[b].shape)
+        raise StateDictError(f"{module}: expected lora_A [r, in] and lora_B [out, r], got {shapes[0]} and {shapes[1]}")
+    if adalora and tuple(found["e"].shape) != (rows, 1):
+        raise StateDictError(f"{module}: expected lora_E [{rows}, 1], got {tuple(found['e'].shape)}")
+    return AdapterTensors(found[a], found[b], found.get("magnitude"), found.get("e"))
 
 
 def minimal_targets(adapted: list[str], every_module: list[str]) -> list[str] | str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlora.config import SEED_END, AdaLoraConfig, LoraConfig, fresh_seed
 from fastlora.errors import ConfigError, DtypeError, ShapeError
 from fastlora.math import init
-from fastlora.nn.sharded import refuse_sharded
+from fastlora.nn.sharded import refuse_sharded, whole
 
 
 class InitRecord(NamedTuple):
@@ -323,5 +323,5 @@ class AdapterLayer(nn.Module):
         mask = self.rank_masks.get(name)
         if mask is None:
             return None
-        e = self.lora_E[name].detach().reshape(-1)
+        e = whole(self.lora_E[name].detach()).reshape(-1)
         return mask | (e != 0).to(mask.device) if e.shape == mask.shape else mask

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.config import LoraConfig
+from fastlora.config import AdaLoraConfig, LoraConfig
 from fastlora.errors import ConfigError, StateDictError
 from fastlora.io import peft
 from fastlora.math import init
@@ -30,6 +30,7 @@ from fastlora.nn.targets import adapted_layers, by_pattern, config_for, find_tar
 # What a checkpoint says once for all its layers.
 _ONCE = ("use_rslora", "use_dora", "lora_dropout", "dora_dropout", "bias", "modules_to_save")
 _INIT_FIELDS = ("init_lora_weights", "init_bound")
+_ADALORA_ONCE = ("lora_alpha", *peft.ADALORA_FIELDS)
 
 
 def _holders(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLinear]:
@@ -50,7 +51,12 @@ def _saved_config(holders: dict[str, AdaptedLinear], adapter_name: str) -> LoraC
     configs = {name: layer.adapter_configs[adapter_name] for name, layer in holders.items()}
     first = next(iter(configs.values()))
     rewritten = any(init.changes_base(config.init_lora_weights) for config in configs.values())
-    for field in _ONCE + (_INIT_FIELDS if rewritten else ()):
+    if len({type(config) for config in configs.values()}) > 1:
+        raise ConfigError(
+            f"adapter {adapter_name!r} is LoRA in some layers and AdaLoRA in others: no format holds both"
+        )
+    adalora = isinstance(first, AdaLoraConfig)
+    for field in _ONCE + (_INIT_FIELDS if rewritten else ()) + (_ADALORA_ONCE if adalora else ()):
         values = [getattr(config, field) for config in configs.values()]
         if any(value != values[0] for value in values):
             raise ConfigError(f"adapter {adapter_name!r} has layers of different {field}: PEFT's format holds only one")
@@ -59,13 +65,16 @@ def _saved_config(holders: dict[str, AdaptedLinear], adapter_name: str) -> LoraC
     seeds = {name: config.init_seed for name, config in configs.items()}
     seeds |= {n: x.init_record[adapter_name].seed for n, x in holders.items() if seeds[n] is None}
     common = {None if seed is None else model_seed(name, seed) for name, seed in seeds.items()}
+    seed = common.pop() if len(common) == 1 else None
+    if isinstance(first, AdaLoraConfig):
+        return first.replace(r=first.init_r, init_seed=seed)
     r, alpha = _commonest(ranks), _commonest(alphas)
     return first.replace(
         r=r,
         lora_alpha=alpha,
         rank_pattern=_patterns(ranks, r),
         alpha_pattern=_patterns(alphas, alpha),
-        init_seed=common.pop() if len(common) == 1 else None,
+        init_seed=seed,
     )
 
 
@@ -97,17 +106,28 @@ def _others(model: nn.Module, config: LoraConfig, holders: dict[str, AdaptedLine
     return wanted
 
 
+def _adapter_tensors(layer: AdaptedLinear, name: str) -> peft.AdapterTensors:
+    """One layer's adapter in full; of AdaLoRA what its last allocation kept."""
+    a, b = whole(layer.lora_A[name]), whole(layer.lora_B[name])
+    magnitude = whole(layer.lora_magnitude[name]) if name in layer.lora_magnitude else None
+    if name not in layer.lora_E:
+        return peft.AdapterTensors(a, b, magnitude)
+    e, kept = whole(layer.lora_E[name]), layer.kept_triplets(name)
+    if kept is None:
+        return peft.AdapterTensors(a, b, None, e)
+    if len(kept) == e.shape[0]:  # else they are the kept ones alone already
+        rows = kept.to(e.device)
+        a, b, e = a[rows], b[:, rows], e[rows]
+    return peft.AdapterTensors(a, b, None, e, kept.tolist())
+
+
 def _checkpoint(model: nn.Module, adapter_name: str) -> tuple[peft.Checkpoint, LoraConfig]:
     holders = _holders(model, adapter_name)
     config = _saved_config(holders, adapter_name)
-    adapters = {
-        name: peft.AdapterTensors(
-            whole(layer.lora_A[adapter_name]),
-            whole(layer.lora_B[adapter_name]),
-            whole(layer.lora_magnitude[adapter_name]) if adapter_name in layer.lora_magnitude else None,
-        )
-        for name, layer in holders.items()
-    }
+    adapters = {name: _adapter_tensors(layer, adapter_name) for name, layer in holders.items()}
+    if any(tensors.kept is not None for tensors in adapters.values()):
+        everything = [True] * config.r
+        adapters = {name: t._replace(kept=t.kept or everything) for name, t in adapters.items()}
     others = {name: whole(tensor) for name, tensor in _others(model, config, holders).items()}
     return peft.Checkpoint(adapters, others), config
 
@@ -155,7 +175,9 @@ def _write(model: nn.Module, checkpoint: peft.Checkpoint, config: LoraConfig, ta
     every_module = [name for name, _ in model.named_modules() if name]
     targets = peft.minimal_targets(list(checkpoint.adapters), every_module)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    text = peft.config_to_json(config, targets, base, "CAUSAL_LM" if _is_causal_lm(model) else None)
+    kept = {name: tensors.kept for name, tensors in checkpoint.adapters.items() if tensors.kept is not None}
+    task = "CAUSAL_LM" if _is_causal_lm(model) else None
+    text = peft.config_to_json(config, targets, base, task, kept or None)
     state = _apart(peft.to_state(checkpoint))
     with _made(target), tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
         weights, settings = pathlib.Path(scratch, peft.WEIGHTS_NAME), pathlib.Path(scratch, peft.CONFIG_NAME)
@@ -253,10 +275,11 @@ def _read(folder: pathlib.Path) -> tuple[peft.Checkpoint, LoraConfig]:
     except SafetensorError as error:
         raise StateDictError(f"{weights_path} is not a complete safetensors file: {error}") from None
     try:
-        config = peft.config_from_json(config_path.read_text(encoding="utf-8"), metadata)
+        text = config_path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise StateDictError(f"{config_path} is not text: {error}") from None
-    return peft.from_state(state), config
+    config = peft.config_from_json(text, metadata)
+    return peft.with_masks(peft.from_state(state), config, peft.masks_from_json(text)), config
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> nn.Module:
@@ -282,6 +305,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     checkpoint, config = _read(path)
     config = config.replace(adapter_dtype=peft.dtype_of(checkpoint))
     configs = {name: config_for(name, config) for name in checkpoint.adapters}
+    for name, tensors in checkpoint.adapters.items():
+        if tensors.kept is not None:
+            configs[name] = configs[name].replace(r=sum(tensors.kept))
     _check_modules(model, checkpoint, configs)
     if not any(True for _ in adapted_layers(model)):
         _convert_for(model, checkpoint, config, adapter_name)
@@ -309,6 +335,9 @@ def _convert_for(model: nn.Module, checkpoint: peft.Checkpoint, config: LoraConf
     if lost := sorted(set(checkpoint.adapters) - set(find_targets(model, wanted))):
         raise StateDictError(f"the checkpoint adapts {lost[0]}, which is in its modules_to_save too")
     convert(model, wanted, quantize=None, adapter_name=adapter_name, progress=False)
+    for name, layer in adapted_layers(model):
+        if name in checkpoint.adapters and checkpoint.adapters[name].kept is not None:
+            layer.delete_adapter(adapter_name)  # it comes back with fewer ranks
 
 
 def _rewrites_at_random(config: LoraConfig) -> bool:
@@ -347,6 +376,9 @@ def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[
                 f"{name}: use_dora={config.use_dora}, but the magnitude is "
                 f"{'missing' if tensors.magnitude is None else 'present'}"
             )
+        if isinstance(config, AdaLoraConfig) != (tensors.e is not None):
+            method, part = type(config).__name__, "missing" if tensors.e is None else "present"
+            raise StateDictError(f"{name}: {peft.CONFIG_NAME} is a {method}, but lora_E is {part}")
         if tensors.magnitude is not None and tensors.magnitude.numel() != module.out_features:
             raise StateDictError(
                 f"{name}: expected a magnitude of {module.out_features}, got {tensors.magnitude.numel()}"
@@ -392,12 +424,36 @@ def _plan(
     return loads
 
 
+def _same_place(have: LoraConfig, config: LoraConfig) -> bool:
+    """Whether an adapter of `config` can be loaded over one of `have`."""
+    if isinstance(have, AdaLoraConfig) and isinstance(config, AdaLoraConfig):
+        # Pruned triplets have a place among init_r.
+        return have.init_r == config.init_r and have.r in (config.r, config.init_r)
+    return (type(have), have.r, have.use_dora) == (type(config), config.r, config.use_dora)
+
+
+def _kind(config: LoraConfig) -> str:
+    if isinstance(config, AdaLoraConfig):
+        return f"r={config.r} of init_r={config.init_r}, AdaLoRA"
+    return f"r={config.r}, use_dora={config.use_dora}"
+
+
+def _spread(tensors: peft.AdapterTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """A pruned AdaLoRA adapter in its places among init_r triplets, zero elsewhere."""
+    assert tensors.kept is not None and tensors.e is not None
+    rows, r = torch.tensor(tensors.kept), len(tensors.kept)
+    a, b = tensors.a.new_zeros(r, tensors.a.shape[1]), tensors.b.new_zeros(tensors.b.shape[0], r)
+    e = tensors.e.new_zeros(r, 1)
+    a[rows], b[:, rows], e[rows] = tensors.a, tensors.b, tensors.e
+    return a, b, e
+
+
 def _check_fits(name: str, layer: AdaptedLinear, config: LoraConfig, adapter_name: str) -> None:
     have = layer.adapter_configs.get(adapter_name)
-    if have is not None and (have.r, have.use_dora) != (config.r, config.use_dora):
+    if have is not None and not _same_place(have, config):
         raise ConfigError(
-            f"{name} has an adapter {adapter_name!r} with r={have.r}, use_dora={have.use_dora}; the checkpoint has "
-            f"r={config.r}, use_dora={config.use_dora}: delete it or load under another name"
+            f"{name} has an adapter {adapter_name!r} with {_kind(have)}; the checkpoint has {_kind(config)}: "
+            "delete it or load under another name"
         )
     recipe = _base_recipe(config)
     if recipe != (None if have is None else _base_recipe(have)):
@@ -414,16 +470,24 @@ def _layer_load(
     layer: AdaptedLinear, config: LoraConfig, tensors: peft.AdapterTensors, adapter_name: str
 ) -> Callable[[], None]:
     def load() -> None:
+        values = (tensors.a, tensors.b) if tensors.e is None else (tensors.a, tensors.b, tensors.e)
+        made = config
         if adapter_name in layer.lora_A:
-            fill(layer.lora_A[adapter_name], tensors.a)
-            fill(layer.lora_B[adapter_name], tensors.b)
+            have = layer.adapter_configs[adapter_name]
+            if tensors.kept is not None and have.r != config.r:
+                values, made = _spread(tensors), config.replace(r=have.r)
+            for group, value in zip((layer.lora_A, layer.lora_B, layer.lora_E), values, strict=False):
+                fill(group[adapter_name], value)
             # The parameters stay, for an optimizer may hold them, and so does their dtype.
             kept = layer.lora_A[adapter_name].dtype
-            layer.adapter_configs[adapter_name] = config.replace(adapter_dtype=kept)
-            layer.scaling[adapter_name] = config.scaling
+            layer.adapter_configs[adapter_name] = made.replace(adapter_dtype=kept)
+            layer.scaling[adapter_name] = made.scaling
         else:
-            layer.add_adapter(adapter_name, config, (tensors.a, tensors.b))
+            layer.add_adapter(adapter_name, made, values)
         if tensors.magnitude is not None:
             fill(layer.lora_magnitude[adapter_name], tensors.magnitude.reshape(-1))
+        layer.rank_masks.pop(adapter_name, None)
+        if tensors.kept is not None:
+            layer.rank_masks[adapter_name] = torch.tensor(tensors.kept, device=layer.lora_A[adapter_name].device)
 
     return load

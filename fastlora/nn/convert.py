@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -52,6 +52,45 @@ def convert(
     Raises:
         ConfigError: nothing matches (near names are listed), or a field that cannot be honoured; nothing has changed.
     """
+    keywords: dict[str, Any] = {"quantize": quantize, "blocksize": blocksize, "double_quant": double_quant}
+    plan = plan_of(model, config, fields, compute_dtype=compute_dtype, adapter_name=adapter_name, **keywords)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in with_progress(list(plan.targets), "convert", progress):
+        put(model, name, plan.make[name](plan.targets.pop(name), plan.configs[name]))
+        del plan.make[name]
+    finish(model, plan.config)
+    return model
+
+
+class Plan(NamedTuple):
+    """What becomes of a model, checked; nothing has changed yet.
+
+    Attributes:
+        config: with a seed.
+        targets: the linears to swap, by name.
+        configs: the config of each.
+        make: (linear, config) -> adapted layer, for each.
+    """
+
+    config: LoraConfig
+    targets: dict[str, nn.Module]
+    configs: dict[str, LoraConfig]
+    make: dict[str, Callable[..., nn.Module]]
+
+
+def plan_of(
+    model: nn.Module,
+    config: Any,
+    fields: dict[str, Any],
+    *,
+    quantize: str | None,
+    blocksize: int,
+    double_quant: bool,
+    compute_dtype: torch.dtype | None,
+    adapter_name: str,
+) -> Plan:
+    """Check everything `convert` is asked for; arguments and errors as there."""
     config = checked_config(config, fields)
     if quantize not in ("nf4", "fp4", None):
         raise ConfigError(f'quantize must be "nf4", "fp4" or None, got {quantize!r}')
@@ -65,7 +104,7 @@ def convert(
     _check_saved(model, config)
     configs = {name: checked_config(config_for(name, config), {}) for name in targets}
     for name, module in targets.items():
-        _check_target(name, module, configs[name], quantize)
+        check_target(name, module, configs[name], quantize)
     keywords: dict[str, Any] = {"quant_type": quantize, "blocksize": blocksize, "double_quant": double_quant}
     make: dict[str, Callable[..., nn.Module]] = {}
     for name, module in targets.items():
@@ -77,16 +116,19 @@ def convert(
             make[name] = functools.partial(
                 QLoraLinear.from_linear, adapter_name=adapter_name, compute_dtype=compute_dtype, **own
             )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name in _with_progress(list(targets), "convert", progress):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], make[name](targets.pop(name), configs[name]))
-        del make[name]
+    return Plan(config, targets, configs, make)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule of that name."""
+    setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
+
+
+def finish(model: nn.Module, config: LoraConfig) -> None:
+    """What is left to do once the layers stand: let train what `config` names, and tell transformers."""
     _unfreeze(model, config)
-    if quantize is not None or any(isinstance(layer, QLoraLinear) for _, layer in adapted_layers(model)):
+    if any(isinstance(layer, QLoraLinear) for _, layer in adapted_layers(model)):
         _release_from_transformers(model)
-    return model
 
 
 def _check_saved(model: nn.Module, config: LoraConfig) -> None:
@@ -104,7 +146,7 @@ def _check_saved(model: nn.Module, config: LoraConfig) -> None:
             raise ConfigError(f"modules_to_save: {inside} is the same tensor as {outside[0]}; name both or neither")
 
 
-def _check_target(name: str, linear: nn.Module, config: LoraConfig, quantize: str | None) -> None:
+def check_target(name: str, linear: nn.Module, config: LoraConfig, quantize: str | None) -> None:
     """Raise, before anything has changed, what making this layer would."""
     weight: Any = linear.weight
     four_bit = hasattr(weight, "quant_state")
@@ -147,7 +189,8 @@ def _release_from_transformers(model: nn.Module) -> None:
         del model_config.quantization_config
 
 
-def _with_progress(items: list[str], label: str, show: bool) -> Any:
+def with_progress(items: list[str], label: str, show: bool) -> Any:
+    """The items, with a progress bar where there are many."""
     if not show or len(items) < 8:
         return items
     from tqdm.auto import tqdm
