@@ -63,6 +63,8 @@ static void short_dots(const void* a, int64_t at, int64_t k, const float* const*
         for (int t = 0; t < T; ++t) v[t] = vload(x[t] + d);
         FL_UNROLL
         for (int i = 0; i < R; ++i) {
+            // The rows lie far apart: what the next short sum reads is asked for now.
+            __builtin_prefetch((const char*)a + (at + i * k + d + STEP) * (DTYPE == F32 ? 4 : 2), 0, 2);
             const vf w = vload_as<DTYPE>(a, at + i * k + d);
             FL_UNROLL
             for (int t = 0; t < T; ++t) acc[i][t] = vfma(w, v[t], acc[i][t]);
@@ -156,11 +158,16 @@ struct GroupedForward {
         for (; i < end; ++i) form_h<DTYPE, 1>(member, walk.rows() + i, first, ranks);
     }
 
+    const void* at_of(const void* base, int64_t i) const { return at(base, call.adapter_dtype, i); }
+
     // b[n0 .. n0 + count, :] as panels [COLUMNS / PANEL][r][PANEL].
     void take_b(const Member& member, int64_t n0, int64_t count) {
         for (int64_t j = 0; j < count; j += PANEL) {
             const int64_t here = min64(PANEL, count - j), at = (n0 + j) * member.r;
             const float* b = (const float*)member.b + at;
+            const char* next = (const char*)at_of(member.b, at + COLUMNS * member.r);
+            const int64_t bytes = here * member.r * item_size(call.adapter_dtype);
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
             if (call.adapter_dtype != F32) {
                 to_f32(member.b, call.adapter_dtype, at, here * member.r, narrow);
                 b = narrow;

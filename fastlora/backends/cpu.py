@@ -314,15 +314,19 @@ def lora_bwd(
 def _members(group: Group, keep: list[Tensor], outputs: Sequence[tuple[int, int, int]] | None = None) -> bytes:
     """A `struct Member` an adapter; `outputs`: addresses of da, db, dmag."""
     records = []
-    for e, kind in enumerate(group.kinds):
+    pack, none = _cpu_library.pack_member, (0, 0, 0)
+    for e, (a, b, scale, kind) in enumerate(zip(group.a, group.b, group.scales, group.kinds, strict=True)):
+        out = none if outputs is None else outputs[e]
+        if not kind & (DORA | DROPOUT):
+            records.append(pack(a.data_ptr(), b.data_ptr(), 0, 0, scale, 1.0, b.shape[1], 0, 0, 0, 0, *out))
+            continue
         mag, norm = (_f32(group.mag[e]), _f32(group.norm[e])) if kind & DORA else (None, None)
         keep += [t for t in (mag, norm) if t is not None]
         drops, p = bool(kind & DROPOUT), group.ps[e]
-        operands = (group.a[e].data_ptr(), group.b[e].data_ptr(), _address(mag), _address(norm))
-        dropping = (philox.threshold(p), group.streams[e], drops, base_drops(kind)) if drops else (0, 0, 0, 0)
-        factors = (group.scales[e], philox.keep_scale(p) if drops else 1.0)
-        out = outputs[e] if outputs is not None else (0, 0, 0)
-        records.append(_cpu_library.pack_member(*operands, *factors, group.b[e].shape[1], *dropping, *out))
+        operands = (a.data_ptr(), b.data_ptr(), _address(mag), _address(norm))
+        dropping = (philox.threshold(p), group.streams[e], 1, base_drops(kind)) if drops else (0, 0, 0, 0)
+        factors = (scale, philox.keep_scale(p) if drops else 1.0)
+        records.append(pack(*operands, *factors, b.shape[1], *dropping, *out))
     return b"".join(records)
 
 
