@@ -124,7 +124,6 @@ def _row_adapters(layer: AdaptedLinear, names: Sequence[str]) -> list[RowAdapter
     lora_a, lora_b = layer.lora_A._parameters, layer.lora_B._parameters
     factors, magnitudes = layer.lora_E._parameters, layer.lora_magnitude._parameters
     configs, scaling, training = layer.adapter_configs, layer.scaling, layer.training
-    streams = {name: layer.stream(name) for name in names} if training else {}
     found = []
     for name in names:
         if name not in lora_a:
@@ -132,7 +131,7 @@ def _row_adapters(layer: AdaptedLinear, names: Sequence[str]) -> list[RowAdapter
         config = configs[name]
         a = layer.effective_a(name) if name in factors else lora_a[name]
         p = config.lora_dropout if training else 0.0
-        own = (a, lora_b[name], scaling[name], magnitudes.get(name), p, streams.get(name, 0))
+        own = (a, lora_b[name], scaling[name], magnitudes.get(name), p, layer.stream(name) if p else 0)
         found.append(RowAdapter(*own, config.dora_dropout, name))  # type: ignore[arg-type]
     return found
 

@@ -181,7 +181,13 @@ def _check_adapters(x: Tensor, n: int, k: int, adapters: Sequence[RowAdapter], b
         if dtype is not wide:
             wide = torch.promote_types(wide, dtype)
         # The quick look that most adapters pass; `_check` finds the words for those that do not.
-        fits = len(shape) == 2 and shape[1] == k and b.shape == (n, shape[0]) and b.dtype is dtype and dtype.is_floating_point
+        fits = (
+            len(shape) == 2
+            and shape[1] == k
+            and b.shape == (n, shape[0])
+            and b.dtype is dtype
+            and dtype.is_floating_point
+        )
         fits = fits and ((a.is_cpu and b.is_cpu) if host else (a.device == device and b.device == device))
         if fits and mag is None and p == 0.0 and number and not tangents:
             continue
