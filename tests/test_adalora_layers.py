@@ -239,9 +239,12 @@ def test_several_adapters_switch_freeze_and_go(kind):
     layer(x, adapter_names=["second"] * 6).sum().backward()
     assert layer.lora_E["second"].grad.abs().sum() > 0
     assert layer.lora_E["default"].grad is None or layer.lora_E["default"].grad.abs().sum() == 0
+    layer.rank_masks["default"] = torch.ones(6, dtype=torch.bool)
     layer.delete_adapter("default")
     assert "default" not in layer.lora_E
     assert layer.active_adapters == ["second"]
+    layer.add_adapter("default", CONFIG)
+    assert layer.kept_triplets("default") is None
 
 
 @KINDS
