@@ -32,6 +32,11 @@ FLAG_NAMES = {
 }
 
 
+def base_drops(flags: int) -> bool:
+    """Whether DoRA's base product sees the dropped x ("peft" semantics with p > 0)."""
+    return bool(flags & DORA and flags & DROPOUT and not flags & SHARED)
+
+
 class Format(NamedTuple):
     """How the frozen weight is stored."""
 
@@ -53,16 +58,19 @@ DENSE = Format()
 class Problem(NamedTuple):
     """One call of one op: x[m,k] w[n,k] a[r,k] b[n,r] -> y[m,n]."""
 
-    op: str  # "lora_fwd", "lora_bwd", "dora_norm", "quantize", "quantize_absmax", "dequantize", "dropout_mask"
+    # "lora_fwd", "lora_bwd", "grouped_fwd", "grouped_bwd", "grouped_mask", "dora_norm", "quantize", "quantize_absmax",
+    # "dequantize", "dropout_mask"
+    op: str
     m: int  # tokens (0 where the op has none)
     n: int  # out_features
     k: int  # in_features
-    r: int  # rank (0 where the op has none)
+    r: int  # rank (0 where the op has none; of several adapters the largest)
     dtype: torch.dtype  # of x and y; for quantize the source's, for dequantize the output's
     adapter_dtype: torch.dtype  # of a and b; equal to dtype where the op has none
     format: Format
     flags: int
     device: str  # device type: "cpu", "cuda", ...
+    groups: int = 0  # adapters of a batch that mixes several (the grouped ops)
 
     def flag_names(self) -> list[str]:
         """The set flags' names, for messages."""
@@ -71,9 +79,8 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         flags = ",".join(self.flag_names()) or "-"
         dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.op}(m={self.m}, n={self.n}, k={self.k}, r={self.r}, {dtype}, {self.format}, {flags}, {self.device})"
-        )
+        rank = f"r={self.r}, groups={self.groups}" if self.groups else f"r={self.r}"
+        return f"{self.op}(m={self.m}, n={self.n}, k={self.k}, {rank}, {dtype}, {self.format}, {flags}, {self.device})"
 
 
 class Work(NamedTuple):

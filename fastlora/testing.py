@@ -12,6 +12,7 @@ in the dtype of x, as PyTorch saves activations: one more rounding, u(x) |dy z /
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from fastlora.math import nf4, philox, reference
 from fastlora.math.nf4 import PackedWeight
+from fastlora.math.segments import segments
+from fastlora.ops.grouped import RowAdapter, mixed_linear
 from fastlora.ops.lora import lora_linear
 from fastlora.ops.qlora import qlora_linear
 
@@ -307,3 +310,114 @@ def run(case: Case, inputs: Inputs, backend: str | None = None) -> Outputs:
     dx, da, db, dmag, dbias = (None if leaf is None else next(grads) for leaf in leaves)
     assert dx is not None and da is not None and db is not None
     return Outputs(y.detach(), dx, da, db, dmag, dbias)
+
+
+# --- several adapters in one batch ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyCase:
+    """A batch that mixes adapters over one base.
+
+    Attributes:
+        base: sizes, dtypes, weight format, bias and seed of the batch (its adapter is not used).
+        adapters: r, p, dora, dora_dropout, scale and adapter_dtype of each; the rest is the base's.
+        owner: the adapter of each row, len(adapters) for none.
+    """
+
+    base: Case
+    adapters: tuple[Case, ...]
+    owner: tuple[int, ...]
+
+    def rows(self, adapter: int) -> Tensor:
+        """The rows of one adapter, or of none."""
+        return torch.tensor([row for row, own in enumerate(self.owner) if own == adapter], dtype=torch.int64)
+
+    def alone(self, adapter: int) -> Case:
+        """The case of one adapter's rows by themselves."""
+        own = self.adapters[adapter]
+        options = {field: getattr(own, field) for field in ("r", "p", "dora", "dora_dropout", "scale", "adapter_dtype")}
+        return dataclasses.replace(self.base, m=len(self.rows(adapter)), **options)
+
+
+def many_case(base: Case, options: Sequence[dict[str, Any]], owner: Sequence[int]) -> ManyCase:
+    """A ManyCase from what is special about each adapter."""
+    return ManyCase(base, tuple(dataclasses.replace(base, **own) for own in options), tuple(owner))
+
+
+class Many(NamedTuple):
+    """Tensors of a ManyCase: the batch's, and for each adapter the `Inputs` of its rows alone."""
+
+    whole: Inputs
+    alone: list[Inputs]
+
+
+class ManyOutputs(NamedTuple):
+    """y, dx and dbias of a mixed batch; da, db, dmag of each adapter."""
+
+    y: Tensor
+    dx: Tensor
+    dbias: Tensor | None
+    adapters: list[tuple[Tensor, Tensor, Tensor | None]]
+
+
+def _stream(adapter: int) -> int:
+    return 3 * adapter + 1
+
+
+def make_many(case: ManyCase) -> Many:
+    """Inputs of a mixed batch; each adapter's share holds the very values of its rows, dropout decision included."""
+    whole = make_inputs(dataclasses.replace(case.base, r=1, p=0.0, dora=False))
+    alone = []
+    for number in range(len(case.adapters)):
+        own, rows = case.alone(number), case.rows(number)
+        drawn = make_inputs(dataclasses.replace(own, m=1, dora=False, p=0.0, seed=case.base.seed + 100 + number))
+        keep = mag = None
+        if own.p:
+            bits = philox.dropout_bits(own.seed + 7, _stream(number), case.base.m, own.k, own.p)
+            keep = philox.unpack_bits(bits, own.k)[rows]
+        if own.dora:
+            norm = reference.dora_norm(whole.w, drawn.a.double(), drawn.b.double(), own.scale)
+            mag = (norm * torch.linspace(0.5, 1.5, own.n, dtype=torch.float64)).to(own.adapter_dtype)
+        shared = (whole.weight, whole.w, drawn.a, drawn.b, whole.bias, mag)
+        alone.append(Inputs(whole.x[rows], *shared, whole.dy[rows], keep))
+    return Many(whole, alone)
+
+
+def run_many(case: ManyCase, many: Many, backend: str | None = None) -> ManyOutputs:
+    """The mixed batch through `ops.grouped.mixed_linear`, gradients by autograd."""
+    x = many.whole.x.clone().requires_grad_()
+    bias = None if many.whole.bias is None else many.whole.bias.clone().requires_grad_()
+    leaves: list[list[Tensor | None]] = [
+        [None if t is None else t.clone().requires_grad_() for t in (own.a, own.b, own.mag)] for own in many.alone
+    ]
+    adapters = []
+    for number, ((a, b, mag), own) in enumerate(zip(leaves, case.adapters, strict=True)):
+        assert a is not None and b is not None
+        adapters.append(RowAdapter(a, b, own.scale, mag, own.p, _stream(number), own.dora_dropout))
+    rows = segments(torch.tensor(case.owner, dtype=torch.int64), len(adapters))
+    seed = case.base.seed + 7
+    y = mixed_linear(x, many.whole.weight, adapters, rows, bias=bias, seed=seed, backend=backend)
+    wanted = [x, *(t for t in (bias, *(t for own in leaves for t in own)) if t is not None)]
+    grads = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, many.whole.dy), strict=True))
+    sets = [(grads[id(a)], grads[id(b)], None if mag is None else grads[id(mag)]) for a, b, mag in leaves]
+    return ManyOutputs(y.detach(), grads[id(x)], None if bias is None else grads[id(bias)], sets)
+
+
+def judge_many(case: ManyCase, many: Many, out: ManyOutputs, *, autocast: bool = False) -> list[str]:
+    """Every violation of the budget, in words: each adapter's rows and gradients as if it had run alone (`judge`)."""
+    problems = []
+    for number, inputs in enumerate(many.alone):
+        own, rows = case.alone(number), case.rows(number)
+        dbias = None if inputs.bias is None else inputs.dy.double().sum(0).to(inputs.bias.dtype)  # of all rows: below
+        mine = Outputs(out.y[rows], out.dx[rows], *out.adapters[number], dbias)
+        if not len(rows):
+            problems += [f"{number}: not zero" for t in out.adapters[number] if t is not None and t.any()]
+            continue
+        problems += [f"adapter {number}: {text}" for text in judge(own, inputs, mine, autocast=autocast)]
+    if out.dbias is not None:
+        dy = many.whole.dy
+        slack = (roundoff(out.dbias.dtype) * dy.double().sum(0)).norm() + 4 * 2.0**-24 * dy.norm() * case.base.m**0.5
+        if (out.dbias.double() - dy.double().sum(0)).norm() > slack:
+            problems.append("dbias: over budget")
+    return problems

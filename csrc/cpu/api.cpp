@@ -112,9 +112,7 @@ void name_the_empty(Args& args) {
         if (!*p) *p = nothing;
 }
 
-int64_t run_team(const Args* given, Phased Tier::*op, double units) {
-    Args args = *given;
-    name_the_empty(args);
+int64_t start_team(Args& args, Phased Tier::*op, double units) {
     const Tier* tier = compiled(args.tier);
     if (!tier || !cpu_has(args.tier)) return FL_NO_TIER;
     args.threads = team_size(args, units);
@@ -135,6 +133,24 @@ int64_t run_team(const Args* given, Phased Tier::*op, double units) {
 #endif
     (tier->*op).run(shared);
     return shared.failed ? FL_NO_MEMORY : FL_OK;
+}
+
+int64_t run_team(const Args* given, Phased Tier::*op, double units) {
+    Args args = *given;
+    name_the_empty(args);
+    return start_team(args, op, units);
+}
+
+Grouped whole(const Grouped* given) {
+    Grouped call = *given;
+    call.members = (const Member*)(given + 1);
+    return call;
+}
+
+// Products of rows and adapters, and the adapters' own bytes, which bound a few rows.
+double grouped_units(const Grouped& call) {
+    const double size = (double)call.args.r * (double)(call.args.n + call.args.k);
+    return size * ((double)call.args.m / 4 + (double)call.groups);
 }
 
 }  // namespace
@@ -227,6 +243,26 @@ FL_API int64_t fl_lora_fwd(const Args* args) {
 FL_API int64_t fl_lora_bwd(const Args* args) {
     const double m = args->m < 4 ? 4 : (double)args->m;
     return run_team(args, &Tier::backward, m * (double)args->n * (double)args->k / 4);
+}
+
+FL_API int64_t fl_grouped_fwd(const Grouped* given) {
+    Grouped call = whole(given);
+    return start_team(call.args, &Tier::grouped_forward, grouped_units(call));
+}
+
+FL_API int64_t fl_grouped_bwd(const Grouped* given) {
+    Grouped call = whole(given);
+    return start_team(call.args, &Tier::grouped_backward, 2 * grouped_units(call));
+}
+
+FL_API int64_t fl_grouped_mask(const Grouped* given) {
+    const Grouped call = whole(given);
+    const Args& args = call.args;
+    const Tier* tier = compiled(args.tier);
+    if (!tier || !cpu_has(args.tier)) return FL_NO_TIER;
+    slices(team_size(args, (double)args.m * (double)args.k), args.m, 1,
+           [&](int64_t first, int64_t last) { tier->grouped_mask(call, first, last); });
+    return FL_OK;
 }
 
 // A fresh output is dominated by page faults: ask for huge pages on the whole ones inside it.

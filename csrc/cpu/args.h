@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-enum { FL_ABI_VERSION = 2 };
+enum { FL_ABI_VERSION = 3 };
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 enum Kind : int64_t { DENSE = 0, NF4 = 1, FP4 = 2 };
 enum TierId : int64_t { TIER_SCALAR = 0, TIER_AVX2 = 1, TIER_AVX512 = 2, TIER_AVX512_BF16 = 3, TIER_NEON = 4 };
@@ -61,6 +61,26 @@ struct Args {
     float* out_scales;
 };
 
+// One adapter of a batch that mixes several, and such a call: 8-byte fields, a Grouped and behind it its Members.
+struct Member {
+    const void *a, *b;  // [r,k], [n,r] of the call's adapter_dtype
+    const float *mag, *norm;  // DoRA's, or absent
+    double scale, keep_scale;
+    int64_t r;
+    int64_t threshold, stream;  // of the dropout decision
+    int64_t drops;              // p > 0
+    int64_t drops_base;         // DoRA whose base product sees the dropped x
+    void *da, *db;              // adapter_dtype, or absent
+    float* dmag;
+};
+struct Grouped {
+    Args args;  // r: the largest rank; h [m,r]
+    int64_t groups, adapter_dtype;
+    const int64_t *order, *offsets;  // rows sorted by adapter; groups + 1 borders
+    const Member* members;           // set here: what lies behind the record
+    const void* late;  // forward: dropped [m,n]; backward: dropped_dx [m,k]; dtype, or absent
+};
+
 // One instruction tier's kernels. Each is called by every thread of a team (or by one thread alone).
 struct Shared;
 struct Phased {
@@ -73,6 +93,8 @@ struct Tier {
     void (*dequantize)(const Args&, int64_t first, int64_t last);  // flat elements, `first` on a block border
     void (*mask_rows)(const Args&, int64_t first_row, int64_t last_row, uint8_t* out);
     Phased forward, backward, norm;
+    Phased grouped_forward, grouped_backward;  // Shared::args is the head of a Grouped
+    void (*grouped_mask)(const Grouped&, int64_t first, int64_t last);  // sorted positions
     int64_t few;  // up to this many products of a token and the weight are not made by tiles
 };
 

@@ -10,6 +10,7 @@
 #include "few_fwd.h"
 #include "few_rows.h"
 #include "few_bwd.h"
+#include "grouped.h"
 
 namespace {
 
@@ -38,6 +39,10 @@ static void backward(Shared& s) {
 }
 static int64_t norm_floats(Shared& s) { return shared_floats<Norm>(s); }
 static void norm(Shared& s) { work<Norm>(s); }
+static int64_t grouped_forward_floats(Shared& s) { return shared_floats<GroupedForward>(s); }
+static void grouped_forward(Shared& s) { work<GroupedForward>(s); }
+static int64_t grouped_backward_floats(Shared& s) { return shared_floats<GroupedBackward>(s); }
+static void grouped_backward(Shared& s) { work<GroupedBackward>(s); }
 
 static const Tier tier = {
     quantize,
@@ -47,6 +52,9 @@ static const Tier tier = {
     {forward_floats, forward},
     {backward_floats, backward},
     {norm_floats, norm},
+    {grouped_forward_floats, grouped_forward},
+    {grouped_backward_floats, grouped_backward},
+    grouped_mask,
     FEW,
 };
 

@@ -16,16 +16,20 @@ import torch
 from fastlora import settings
 from fastlora.errors import UnsupportedError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 INSTALLED = pathlib.Path(__file__).resolve().parent.parent / "_lib" / "libfastlora_cpu.so"
 # Written beside the library by a build that could not make it; its text says why.
 REASON_NAME = "cpu_build_failed.txt"
 # Position = the number the library knows a tier by; the last one this CPU has is used unless a setting forces another.
 TIERS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
 STATUS_NO_MEMORY = 1
-OPS = ("quantize", "quantize_absmax", "dequantize", "dropout_mask", "dora_norm", "lora_fwd", "lora_bwd")
+_SINGLE = ("quantize", "quantize_absmax", "dequantize", "dropout_mask", "dora_norm", "lora_fwd", "lora_bwd")
+OPS = (*_SINGLE, "grouped_mask", "grouped_fwd", "grouped_bwd")
 
 _RECORD = struct.Struct("=10q2d28q")
+# What a mixed batch adds to the record: `struct Grouped`'s own fields, then a `struct Member` an adapter.
+pack_grouped = struct.Struct("=6q").pack
+pack_member = struct.Struct("=4q2d8q").pack
 # `struct Args` in order, every field given: what the layers' ops call, for which `pack`'s names cost too much.
 pack_fields = _RECORD.pack
 

@@ -1,14 +1,16 @@
 """The CPU backend: every op over the compiled library (csrc/cpu), for dense and 4-bit weights.
 
 What it computes is written in the ops' contract; how, in csrc/cpu: forward.h, backward.h, few_fwd.h and few_bwd.h (few
-tokens), norm.h and quantize.h. All arithmetic is fp32 inside, except that bf16 problems use the CPU's bf16 dot products
-where it has them: fp32 accumulation, each operand rounded once to bf16. Results do not depend on the number of threads,
-bit for bit.
+tokens), grouped.h (several adapters in one batch), norm.h and quantize.h. All arithmetic is fp32 inside, except that
+bf16 problems use the CPU's bf16 dot products where it has them: fp32 accumulation, each operand rounded once to bf16.
+Results do not depend on the number of threads, bit for bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from fastlora.dispatch.registry import ALL_FLAGS, Kernel, Limits, register
 from fastlora.errors import DtypeError
 from fastlora.math import philox
 from fastlora.math.nf4 import NESTED_BLOCKSIZE, PackedWeight
+from fastlora.math.segments import Group, Segments
 from fastlora.problem import (
     DORA,
     DROPOUT,
@@ -32,6 +35,7 @@ from fastlora.problem import (
     SHARED,
     TRAIN,
     Problem,
+    base_drops,
 )
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -237,7 +241,7 @@ def lora_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """x [m, k] -> y [m, n] of x's dtype, and h fp32 [m, r], mask uint8 [m, ceil(k/8)], z [m, n] where flags ask."""
     library = _cpu_library.library()
-    _, m, n, k, r, dtype, _, _, flags, _ = problem
+    _, m, n, k, r, dtype, _, _, flags, _, _ = problem
     train, dora = flags & TRAIN, flags & DORA
     threshold, keep_scale = _dropout(problem, seed, p)
     y = x.new_empty((m, n))
@@ -284,7 +288,7 @@ def lora_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy [m, n] -> dx [m, k] of x's dtype, da and db of a's dtype, dmag and dbias fp32 [n]; None where not needed."""
     library = _cpu_library.library()
-    _, m, n, k, r, dtype, _, _, flags, _ = problem
+    _, m, n, k, r, dtype, _, _, flags, _, _ = problem
     dora = flags & DORA
     threshold, keep_scale = _dropout(problem, seed, p)
     if flags & DROPOUT and mask is None and flags & (NEED_DX | NEED_DA) and seed is not None:
@@ -312,6 +316,104 @@ def lora_bwd(
     if a.dtype != torch.float32:
         da, db = (None if t is None else t.to(a.dtype) for t in (da, db))
     return dx, da, db, dmag, dbias
+
+
+# --- several adapters in one batch ------------------------------------------------------------------------------------
+
+
+def _members(group: Group, keep: list[Tensor], outputs: Sequence[tuple[int, int, int]] | None = None) -> bytes:
+    """A `struct Member` an adapter; `outputs`: addresses of da, db, dmag."""
+    records = []
+    pack, none = _cpu_library.pack_member, (0, 0, 0)
+    for e, (a, b, scale, kind) in enumerate(zip(group.a, group.b, group.scales, group.kinds, strict=True)):
+        out = none if outputs is None else outputs[e]
+        places = a.data_ptr(), b.data_ptr()
+        if (places[0] | places[1]) % 4:
+            places = _aligned(a, keep), _aligned(b, keep)
+        if not kind & (DORA | DROPOUT):
+            records.append(pack(*places, 0, 0, scale, 1.0, b.shape[1], 0, 0, 0, 0, *out))
+            continue
+        mag, norm = (_f32(group.mag[e]), _f32(group.norm[e])) if kind & DORA else (None, None)
+        keep += [t for t in (mag, norm) if t is not None]
+        drops, p = bool(kind & DROPOUT), group.ps[e]
+        operands = (*places, _address(mag), _address(norm))
+        dropping = (philox.threshold(p), group.streams[e], 1, base_drops(kind)) if drops else (0, 0, 0, 0)
+        factors = (scale, philox.keep_scale(p) if drops else 1.0)
+        records.append(pack(*operands, *factors, b.shape[1], *dropping, *out))
+    return b"".join(records)
+
+
+def _grouped_call(
+    op: str, problem: Problem, segments: Segments, late: Tensor | None, members: bytes, **fields: Any
+) -> None:
+    """One call on a `struct Grouped`; `fields`: addresses of `struct Args`."""
+    library = _cpu_library.library()
+    fields |= {"m": problem.m, "n": problem.n, "k": problem.k, "r": problem.r, "flags": problem.flags}
+    dtype, adapter_dtype = (_DTYPES.get(each, 0) for each in (problem.dtype, problem.adapter_dtype))
+    record = _cpu_library.pack(dtype=dtype, tier=library.tier(), **fields)
+    order, offsets = segments.order.data_ptr(), segments.offsets.data_ptr()
+    record += _cpu_library.pack_grouped(problem.groups, adapter_dtype, order, offsets, 0, _address(late))
+    library.call(op, record + members)
+
+
+def grouped_mask(problem: Problem, segments: Segments, group: Group, seed: Tensor) -> Tensor:
+    """The keep bits of every row by its own adapter's stream and p: uint8 [m, ceil(k/8)]."""
+    mask = torch.zeros((problem.m, -(-problem.k // 8)), dtype=torch.uint8)
+    if mask.numel():
+        addresses = {"seed": seed.data_ptr(), "mask": mask.data_ptr()}
+        _grouped_call("grouped_mask", problem, segments, None, _members(group, []), **addresses)
+    return mask
+
+
+def grouped_fwd(
+    problem: Problem,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    group: Group,
+    segments: Segments,
+    mask: Tensor | None,
+    dropped: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Adds to y [m, n] in place; h fp32 [m, r] and z [m, n] where flags ask."""
+    train = problem.flags & TRAIN
+    h = x.new_zeros((problem.m, problem.r), dtype=torch.float32) if train else None
+    z = torch.zeros_like(y) if train and problem.flags & DORA else None
+    if problem.m:
+        keep: list[Tensor] = []
+        bias32 = _f32(bias)
+        addresses = {"x": _aligned(x, keep), "y": y.data_ptr(), "bias": _address(bias32), "h": _address(h)}
+        addresses |= {"mask": _address(mask), "z": _address(z)}
+        _grouped_call("grouped_fwd", problem, segments, dropped, _members(group, keep), **addresses)
+    return h, z
+
+
+def grouped_bwd(
+    problem: Problem,
+    dy: Tensor,
+    x: Tensor | None,
+    group: Group,
+    segments: Segments,
+    h: Tensor | None,
+    mask: Tensor | None,
+    z: Tensor | None,
+    dx: Tensor | None,
+    dropped_dx: Tensor | None,
+) -> list[Tensor]:
+    """Adds to dx [m, k] in place; da and db of a's dtype, dmag fp32, of each adapter that asks."""
+    grads: list[Tensor] = []
+    outputs = []
+    for a, b, kind in zip(group.a, group.b, group.kinds, strict=True):
+        da = torch.empty_like(a) if kind & NEED_DA else None
+        db = torch.empty_like(b) if kind & NEED_DB else None
+        dmag = torch.empty((problem.n,), dtype=torch.float32) if kind & NEED_DMAG else None
+        grads += [t for t in (da, db, dmag) if t is not None]
+        outputs.append((_address(da), _address(db), _address(dmag)))
+    keep: list[Tensor] = []
+    addresses = {"x": _aligned(x, keep), "dy": _aligned(dy, keep), "h": _address(h), "mask": _address(mask)}
+    addresses |= {"z": _address(z), "dx": _address(dx)}
+    _grouped_call("grouped_bwd", problem, segments, dropped_dx, _members(group, keep, outputs), **addresses)
+    return grads
 
 
 def describe() -> str:
@@ -372,5 +474,8 @@ for _op, _run, _limits, _predict, _plan in (
     ("lora_bwd", lora_bwd, _FEW, _few_seconds, "few"),
     ("lora_fwd", lora_fwd, _LAYER, _tiled_seconds, "tiled"),
     ("lora_bwd", lora_bwd, _LAYER, _tiled_seconds, "tiled"),
+    ("grouped_mask", grouped_mask, _ANY, _roofline, "direct"),
+    ("grouped_fwd", grouped_fwd, _LAYER, _roofline, "direct"),
+    ("grouped_bwd", grouped_bwd, _LAYER, _roofline, "direct"),
 ):
     register(Kernel(_op, "cpu", _run, _limits, _predict, _plan))

@@ -13,6 +13,7 @@ from fastlora.dispatch import cost
 from fastlora.dispatch.registry import Kernel, Limits, register
 from fastlora.math import nf4, philox, reference
 from fastlora.math.nf4 import PackedWeight
+from fastlora.math.segments import Group, Segments, dropout_bits
 from fastlora.problem import (
     DORA,
     DROPOUT,
@@ -26,6 +27,7 @@ from fastlora.problem import (
     SHARED,
     TRAIN,
     Problem,
+    base_drops,
 )
 
 Weight = Tensor | PackedWeight
@@ -146,6 +148,113 @@ def lora_bwd(
     return dx, da, db, dmag, dbias
 
 
+# --- several adapters in one batch ------------------------------------------------------------------------------------
+
+
+def grouped_mask(problem: Problem, segments: Segments, group: Group, seed: Tensor) -> Tensor:
+    """`math.segments.dropout_bits`."""
+    return dropout_bits(seed, segments.owner, group.streams, group.ps, problem.k)
+
+
+def _keep(problem: Problem, mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else philox.unpack_bits(mask, problem.k)
+
+
+def _own(segments: Segments, adapter: int, t: Tensor | None) -> Tensor | None:
+    """The rows of one adapter, 0 elsewhere: chosen, not multiplied, so that NaN stays in its row."""
+    return None if t is None else torch.where((segments.owner == adapter)[:, None], t, 0)
+
+
+def _member(group: Group, adapter: int, dtype: torch.dtype) -> tuple[reference.Adapter, float, bool]:
+    """One adapter in the working dtype, its dropout scale, and whether its base product drops too."""
+    e = adapter
+    member = _adapter(group.a[e], group.b[e], group.scales[e], group.mag[e], group.norm[e], dtype)
+    return member, philox.keep_scale(group.ps[e]), base_drops(group.kinds[e])
+
+
+def grouped_fwd(
+    problem: Problem,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    group: Group,
+    segments: Segments,
+    mask: Tensor | None,
+    dropped: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Every adapter sees all rows and its own are chosen: no gathering, no host sync."""
+    dtype, train = _working_dtype(problem.dtype), problem.flags & TRAIN
+    keep, start = _keep(problem, mask), y.to(dtype)
+    xd = x.to(dtype) if keep is None else x.to(dtype) * keep
+    out = y.clone()
+    h = xd.new_zeros((problem.m, problem.r)) if train else None
+    z = torch.zeros_like(y) if train and problem.flags & DORA else None
+    for e in range(segments.groups):
+        member, dscale, drops = _member(group, e, dtype)
+        rows = (segments.owner == e)[:, None]
+        hidden = dscale * (xd @ member.a.T)
+        delta = member.scale * (hidden @ member.b.T)
+        own = start + delta
+        if member.mag is not None and member.norm is not None:
+            base = start if bias is None else start - bias.to(dtype)
+            if drops and dropped is not None:
+                base = dropped.to(dtype) * dscale
+            own = own + (member.mag / member.norm - 1) * (base + delta)
+            if z is not None:
+                z = torch.where(rows, (base + delta).to(z.dtype), z)
+        out = torch.where(rows, own.to(out.dtype), out)
+        if h is not None:
+            rank = hidden.shape[1]
+            h[:, :rank] = torch.where(rows, hidden, h[:, :rank])
+    y.copy_(out)
+    return h, z
+
+
+def grouped_bwd(
+    problem: Problem,
+    dy: Tensor,
+    x: Tensor | None,
+    group: Group,
+    segments: Segments,
+    h: Tensor | None,
+    mask: Tensor | None,
+    z: Tensor | None,
+    dx: Tensor | None,
+    dropped_dx: Tensor | None,
+) -> list[Tensor]:
+    """The equations of `math.reference.backward` for the rows of each adapter, those asked for."""
+    dtype, keep = _working_dtype(problem.dtype), _keep(problem, mask)
+    xd = None if x is None else x.to(dtype) if keep is None else x.to(dtype) * keep
+    grads: list[Tensor] = []
+    for e, kind in enumerate(group.kinds):
+        member, dscale, drops = _member(group, e, dtype)
+        own = _own(segments, e, dy.to(dtype))
+        assert own is not None
+        d = own if member.mag is None or member.norm is None else own * (member.mag / member.norm)
+        g = member.scale * (d @ member.b)
+        if dx is not None:
+            delta = g @ member.a
+            if drops and dropped_dx is not None:
+                delta = delta + dropped_dx.to(dtype)
+            delta = dscale * (delta if keep is None else delta * keep)
+            dx.copy_(torch.where((segments.owner == e)[:, None], (dx.to(dtype) + delta).to(dx.dtype), dx))
+        if kind & NEED_DA:
+            seen = _own(segments, e, xd)
+            assert seen is not None
+            grads.append((dscale * (g.T @ seen)).to(group.a[e].dtype))
+        if kind & NEED_DB:
+            assert h is not None
+            hidden = _own(segments, e, h[:, : member.b.shape[1]])
+            assert hidden is not None
+            grads.append((member.scale * (d.T @ hidden)).to(group.b[e].dtype))
+        if kind & NEED_DMAG:
+            assert z is not None and member.norm is not None
+            seen = _own(segments, e, z.to(dtype))
+            assert seen is not None
+            grads.append((own * seen).sum(0) / member.norm)
+    return grads
+
+
 def dora_norm(problem: Problem, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """|w + s b a| per row, fp32 (fp64 for fp64)."""
     dtype = _working_dtype(problem.dtype)
@@ -169,8 +278,20 @@ def dequantize(problem: Problem, weight: PackedWeight, dtype: torch.dtype, out: 
 
 def _seconds(problem: Problem) -> float:
     """Unfused and through fp32 copies: about three times the roofline, and ten small launches."""
-    return 3 * cost.roofline_seconds(problem) + 10 * cost.device(problem.device).launch
+    once = 3 * cost.roofline_seconds(problem) + 10 * cost.device(problem.device).launch
+    return once * max(1, problem.groups)  # of several adapters each sees all rows
 
 
-for _run in (lora_fwd, lora_bwd, dora_norm, quantize, quantize_absmax, dequantize, dropout_mask):
+for _run in (
+    lora_fwd,
+    lora_bwd,
+    grouped_fwd,
+    grouped_bwd,
+    grouped_mask,
+    dora_norm,
+    quantize,
+    quantize_absmax,
+    dequantize,
+    dropout_mask,
+):
     register(Kernel(op=_run.__name__, backend="reference", run=_run, limits=Limits(), seconds=_seconds, plan="torch"))

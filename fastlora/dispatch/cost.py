@@ -73,7 +73,7 @@ def base_gemms(problem: Problem) -> int:
 
 def work(problem: Problem) -> Work:
     """Fewest flops and bytes of a problem: every input read once, every output written once."""
-    _, m, n, k, r, dtype, adapter_dtype, fmt, flags, _ = problem
+    _, m, n, k, r, dtype, adapter_dtype, fmt, flags, _, groups = problem
     size, asize = dtype.itemsize, adapter_dtype.itemsize
     w = weight_bytes(fmt, n, k, size)
     adapters = r * (n + k) * asize
@@ -86,6 +86,9 @@ def work(problem: Problem) -> Work:
         products = bool(flags & NEED_DX) * k + bool(flags & NEED_DA) * k + bool(flags & NEED_DB) * n + n
         flops = 2 * m * n * k * base_gemms(problem) + 2 * m * r * products
         return Work(flops, (w if flags & NEED_DX else 0) + 2 * adapters + m * (2 * k + n) * size + mask)
+    if problem.op in ("grouped_fwd", "grouped_bwd"):  # the deltas alone: every adapter moves once, rows once
+        passes = 1 if problem.op == "grouped_fwd" else 2
+        return Work(2 * m * r * (n + k) * passes, (groups * adapters + m * (k + 2 * n) * size + mask) * passes)
     if problem.op == "dora_norm":
         return Work(2 * n * k * r + 3 * n * k, w + adapters + 4 * n)
     if problem.op == "quantize":

@@ -13,6 +13,7 @@ gradient (section 4.3), in one of two dropout semantics that agree when nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -118,6 +119,54 @@ def backward(dy: Tensor, x: Tensor, w: Tensor, adapter: Adapter, dropout: Dropou
     else:
         dx = dy @ w + drop((d - dy) @ w + scale * (g @ a), dropout)
     return Gradients(dx, da, db, dmag, dy.sum(0))
+
+
+class Mixed(NamedTuple):
+    """Gradients of a batch in which every row has its own adapter; one entry an adapter."""
+
+    dx: Tensor
+    da: list[Tensor]
+    db: list[Tensor]
+    dmag: list[Tensor | None]
+    dbias: Tensor
+
+
+def mixed_forward(
+    x: Tensor,
+    w: Tensor,
+    adapters: Sequence[Adapter],
+    index: Tensor,
+    bias: Tensor | None = None,
+    dropouts: Sequence[Dropout | None] | None = None,
+) -> Tensor:
+    """y[m,n]: row i is row i of `forward` with adapter index[i]; the frozen base where index[i] = len(adapters).
+
+    Every adapter sees all rows and its own are chosen: no sorting, no gathering, no value is read back.
+    """
+    y = x @ w.T if bias is None else x @ w.T + bias
+    for number, adapter in enumerate(adapters):
+        own = forward(x, w, adapter, bias, None if dropouts is None else dropouts[number]).y
+        y = torch.where((index == number)[:, None], own, y)
+    return y
+
+
+def mixed_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    adapters: Sequence[Adapter],
+    index: Tensor,
+    dropouts: Sequence[Dropout | None] | None = None,
+) -> Mixed:
+    """All gradients of `mixed_forward`: adapter e sees dy where index = e and 0 elsewhere."""
+    dx = torch.where((index == len(adapters))[:, None], dy @ w, 0)
+    parts: list[Gradients] = []
+    for number, adapter in enumerate(adapters):
+        own = torch.where((index == number)[:, None], dy, 0)
+        grads = backward(own, x, w, adapter, None if dropouts is None else dropouts[number])
+        parts.append(grads)
+        dx = dx + grads.dx
+    return Mixed(dx, [g.da for g in parts], [g.db for g in parts], [g.dmag for g in parts], dy.sum(0))
 
 
 def in_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:

@@ -12,6 +12,21 @@ Kernel.run signatures, the same for every backend (`Weight` = dense [n,k] or `Pa
   dora_norm(problem, weight, a, b, scale) -> [n]
   lora_fwd(problem, x, weight, bias, a, b, scale, mag, norm, seed, stream, p) -> y, h, mask, z
   lora_bwd(problem, dy, x, weight, a, b, scale, mag, norm, h, mask, z, seed, stream, p) -> dx, da, db, dmag, dbias
+  grouped_mask(problem, segments, group, seed) -> mask uint8 [m, ceil(k/8)]
+  grouped_fwd(problem, x, y, bias, group, segments, mask, dropped) -> h, z; y is changed in place
+  grouped_bwd(problem, dy, x, group, segments, h, mask, z, dx, dropped_dx) -> list of gradients; dx changed in place
+The grouped ops add to the frozen base's y [m,n] (bias inside) and dx [m,k] what each row's own adapter contributes;
+`group` and `segments` are those of `math.segments`, problem.r the largest rank, problem.groups E. Rows without adapter
+keep y and dx bit for bit. For a row of adapter e (fp32, fp64 for fp64; stored once to the dtype of x; dscale, s, c of
+e, keep = its row of mask where its kind drops, else 1):
+  h = dscale (keep*x) a^T, fp32 [m, problem.r], 0 beyond r_e;   LoRA  y += s h b^T
+  DoRA  base = y - bias, or dscale * dropped where `base_drops(kind)`;  z = base + s h b^T;  y += s h b^T + (c - 1) z
+  d = c dy for DoRA, dy else;  g = s d b;  dx += dscale keep*(g a), with base_drops dx += dscale keep*(g a + dropped_dx)
+  da_e = dscale sum g^T (keep*x);  db_e = s sum d^T h;  dmag_e = sum dy*z / norm (sums over the rows of e)
+h, z [m,n] (dtype of x; only if some adapter is DoRA) are returned under TRAIN, 0 in other rows; dropped = (keep*x) w^T
+and dropped_dx = ((c - 1) dy) w are given, [m,n] and [m,k], where some adapter's base product drops; their other rows
+mean nothing. Gradients: for each adapter da, db (its dtype), dmag (fp32), those its kind has NEED_* bits for, zeros
+where it has no row; x is None if no da, h if no db, z if no dmag, dx if no dx is wanted. mask is None if none drops.
 r = 0 (a [0,k], b [n,0]) is the frozen linear alone. h is None under LAZY_H. In the backward x may be None when neither
 da nor (where h is None) db is asked for.
 """

@@ -81,7 +81,7 @@ def seconds(plan: str, problem: Problem) -> float:
     if problem.device == "cpu":
         return _INTERPRETED
     passes = (_forward if problem.op == "lora_fwd" else _backward)(plan, problem)
-    _, m, n, k, r, dtype, _, fmt, _, device = problem
+    _, m, n, k, r, dtype, _, fmt, _, device, _ = problem
     size, stored = dtype.itemsize, cost.weight_bytes(fmt, n, k, dtype.itemsize)
     moved = passes.x * m * k * size + passes.y * m * n * size + passes.decoded * n * k * size
     total = passes.gemms * cost.gemm_seconds(m, n, k, dtype, device)
