@@ -68,7 +68,7 @@ def packed(fmt: Format, n: int, k: int) -> PackedWeight:
 
 def arguments(problem: Problem) -> tuple[Any, ...]:
     """Meta tensors for `Kernel.run(problem, *arguments)`, see ops/schema.py."""
-    op, m, n, k, r, dtype, adapter_dtype, fmt, flags, _ = problem
+    op, m, n, k, r, dtype, adapter_dtype, fmt, flags, *_ = problem
     weight = meta(n, k, dtype=dtype) if fmt.kind == "dense" else packed(fmt, n, k)
     a, b = meta(r, k, dtype=adapter_dtype), meta(n, r, dtype=adapter_dtype)
     seed = meta(1, dtype=torch.int64)
