@@ -54,7 +54,7 @@ class Options:
     threads: int = 1
     rounds: int = 40
     budget: float = 2.0
-    sizes: tuple[int, ...] = (2048, 4096)
+    sizes: tuple[int, ...] = (576, 2048, 4096)
     bases: tuple[str, ...] = ("dense", "nf4")
     compute: tuple[str, ...] = tuple(COMPUTE)
     adapters: int = 16
