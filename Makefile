@@ -28,7 +28,7 @@ DEMO_LOG := $(VENV)/demo-setup.log
 # shares the cores a training step of the demo takes 3 s instead of 5 to 12 (2 cores, AMD Zen 4, 2026-11).
 pytest demo bench-step: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step pictures gpu-report aot mutants clean distclean
+.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step pictures gpu-report aot mutants neon asan clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -113,6 +113,57 @@ aot: $(AOT_READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, n
 
 mutants: $(TEST_READY) ## break the kernels line by line: the tests must notice
 	$(BIN)/python -m benchmarks.mutants $(ARGS)
+
+# The CPU library compiled by hand: one rule a folder, with setup.py's flags and what comes on top.
+CPU_SOURCES := $(wildcard csrc/cpu/*.cpp)
+CPU_PARTS := $(wildcard csrc/cpu/*.h csrc/include/*.h) csrc/cpu/flags.txt
+objects_in = $(patsubst csrc/%.cpp,$(1)/%.o,$(CPU_SOURCES))
+CPU_CXX ?= g++
+
+# AArch64 without such a machine: cross-compiled, judged under an emulator.
+NEON_CXX ?= aarch64-linux-gnu-g++
+NEON_RUN ?= qemu-aarch64
+NEON_ROOT ?= /usr/aarch64-linux-gnu
+
+neon: ## the CPU library's NEON tier, cross-compiled for AArch64 and judged under qemu
+	@missing=$$(for tool in $(NEON_CXX) $(firstword $(NEON_RUN)); do command -v $$tool >/dev/null || echo $$tool; done); \
+	  [ -z "$$missing" ] || { echo "make neon needs" $$missing "(on Debian: the packages g++-aarch64-linux-gnu and" \
+	    "qemu-user)" >&2; exit 1; }
+	+@$(MAKE) --no-print-directory build/neon/tiers
+	$(NEON_RUN) -L $(NEON_ROOT) build/neon/tiers neon scalar
+
+build/neon/%.o: csrc/%.cpp $(CPU_PARTS)
+	@mkdir -p $(@D)
+	$(NEON_CXX) -O3 @csrc/cpu/flags.txt -fopenmp -c $< -o $@
+
+build/neon/tests/tiers.o build/asan/tests/tiers.o: csrc/tests/support.h
+
+build/neon/tiers: $(call objects_in,build/neon) build/neon/tests/tiers.o
+	$(NEON_CXX) -fopenmp $^ -o $@
+
+# AddressSanitizer and UndefinedBehaviourSanitizer: the judge of the tiers as a program, then the CPU tests in Python.
+# Leaks are Python's own business; memory that is kept poisoned after use grows, so the test of growth cannot run.
+ASAN_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+ASAN_TESTS := tests/test_cpu_backend.py tests/test_cpu_few.py tests/test_cpu_citizen.py tests/test_nf4.py \
+  tests/test_nf4_scales.py tests/test_parity.py
+asan: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=64
+asan: export UBSAN_OPTIONS := print_stacktrace=1
+asan: $(TEST_READY) ## the CPU library under AddressSanitizer and UBSan: every tier of this CPU, then its tests
+	+@$(MAKE) --no-print-directory build/asan/libfastlora_cpu.so build/asan/tiers
+	build/asan/tiers
+	env LD_PRELOAD="$$($(CPU_CXX) -print-file-name=libasan.so):$$($(CPU_CXX) -print-file-name=libstdc++.so.6)" \
+	  FASTLORA_CPU_LIBRARY=build/asan/libfastlora_cpu.so FASTLORA_BACKEND= \
+	  $(BIN)/python -m pytest -q -p no:xdist --capture=sys $(ASAN_TESTS) -m "not slow" -k "not do_not_grow" $(ARGS)
+
+build/asan/%.o: csrc/%.cpp $(CPU_PARTS)
+	@mkdir -p $(@D)
+	$(CPU_CXX) @csrc/cpu/flags.txt $(ASAN_FLAGS) -fopenmp -c $< -o $@
+
+build/asan/libfastlora_cpu.so: $(call objects_in,build/asan)
+	$(CPU_CXX) $(ASAN_FLAGS) -shared -fopenmp $^ -o $@
+
+build/asan/tiers: $(call objects_in,build/asan) build/asan/tests/tiers.o
+	$(CPU_CXX) $(ASAN_FLAGS) -fopenmp $^ -o $@
 
 clean: ## remove what was built and cached, keep .venv
 	rm -rf build dist *.egg-info demo-output* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

@@ -38,6 +38,7 @@ class Case:
         quant: "nf4" or "" for a dense base.
         p: dropout probability.
         dora: with a magnitude vector.
+        dora_dropout: with p > 0, what the base product sees: "peft" the dropped x, "shared" x itself.
         nested: the absmax values are quantized too.
         train: forward and backward; otherwise an eval forward without gradients.
         target: what our row should reach, if something was promised.
@@ -53,6 +54,7 @@ class Case:
     quant: str = "nf4"
     p: float = 0.0
     dora: bool = False
+    dora_dropout: str = "peft"
     nested: bool = True
     train: bool = True
     target: Target | None = None
@@ -74,7 +76,7 @@ class Case:
         DoRA with dropout by PEFT's rule multiplies the frozen weight twice in each direction, so it is judged
         against twice the floor.
         """
-        return 2 if self.dora and self.p > 0 else 1
+        return 2 if self.dora and self.p > 0 and self.dora_dropout == "peft" else 1
 
     @property
     def weight_bytes(self) -> float:

@@ -4,7 +4,7 @@ The function, by autograd over plain torch (nothing here comes from an optimised
 
     LoRA             y = x w^T + s xd a^T b^T                 xd = keep_scale * mask * x
     DoRA, p = 0      y = c (x w^T + s x a^T b^T)              c = mag / |w + s b a|_row, the norm a constant
-    DoRA, p > 0      y = x w^T + (c - 1)(xd w^T) + c (s xd a^T b^T)
+    DoRA, p > 0      y = x w^T + (c - 1)(xd w^T) + c (s xd a^T b^T), or shared: y = c (x w^T + s xd a^T b^T)
 
 Gate, norm-wise (our own rows also for the worst row of each entry), relative to the truth:
 
@@ -136,7 +136,14 @@ def make_inputs(case: Case, device: torch.device, seed: int, weights: Weights | 
 
 
 def _function(
-    x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, c: Tensor | None, scale: float, drop: Drop | None
+    x: Tensor,
+    w: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    scale: float,
+    drop: Drop | None,
+    shared: bool,
 ) -> Tensor:
     base = x @ w.t()
     if a is None or b is None:
@@ -145,7 +152,7 @@ def _function(
     delta = scale * ((xd @ a.t()) @ b.t())
     if c is None:
         return base + delta
-    if drop is None:
+    if drop is None or shared:
         return c * (base + delta)
     return base + (c - 1) * (xd @ w.t()) + c * delta
 
@@ -229,7 +236,7 @@ class Oracle:
 
     def _run(self, function: str, dtype: torch.dtype, drop: Drop | None) -> dict[str, Tensor]:
         case, given = self.case, self.inputs
-        exact = dtype == torch.float64
+        exact, shared = dtype == torch.float64, case.dora_dropout == "shared"
         w = (given.w if function == DENSE else given.base).to(dtype)
         leaves: dict[str, Tensor] = {}
         if function == ADAPTED:
@@ -246,7 +253,7 @@ class Oracle:
             if "dmag" in leaves and given.norm is not None:
                 c = leaves["dmag"] / given.norm.to(leaves["dmag"].dtype)
             some = None if drop is None else Drop(drop.mask[cut], drop.keep_scale)
-            y = _function(x, w, leaves.get("da"), leaves.get("db"), c, case.scale, some).to(dtype)
+            y = _function(x, w, leaves.get("da"), leaves.get("db"), c, case.scale, some, shared).to(dtype)
             part = {"y": y.detach()}
             if case.train:
                 grads = torch.autograd.grad(y, [x, *leaves.values()], given.dy[cut].to(dtype))

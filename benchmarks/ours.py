@@ -40,6 +40,7 @@ def _layer(case: Case, inputs: Inputs, adapter_dtype: torch.dtype) -> Any:
         lora_alpha=case.alpha,
         lora_dropout=case.p,
         use_dora=case.dora,
+        dora_dropout=case.dora_dropout,
         adapter_dtype=adapter_dtype,
     ).train(case.train)
     with torch.no_grad():
@@ -127,7 +128,8 @@ def _build_function(case: Case, inputs: Inputs, copies: int, backend: str | None
 
 def _call(linear: Any, weight: Any, own: dict[str, Tensor], case: Case, backend: str | None, x: Tensor) -> Tensor:
     p = case.p if case.train else 0.0
-    return linear(x, weight, own["da"], own["db"], case.scale, dropout_p=p, magnitude=own.get("dmag"), backend=backend)
+    kwargs = {"magnitude": own.get("dmag"), "dora_dropout": case.dora_dropout, "backend": backend}
+    return linear(x, weight, own["da"], own["db"], case.scale, dropout_p=p, **kwargs)
 
 
 def _plan_takes(plan: str, case: Case) -> bool:

@@ -67,6 +67,7 @@ _HOMES = {
     "report": "nn.report",
     "save_adapter": "nn.checkpoint",
     "set_adapter": "nn.model",
+    "train_adapters": "nn.model",
     "trainable_parameters": "nn.model",
     "unmerge": "nn.model",
 }
@@ -99,6 +100,7 @@ __all__ = [
     "report",
     "save_adapter",
     "set_adapter",
+    "train_adapters",
     "trainable_parameters",
     "unmerge",
 ]

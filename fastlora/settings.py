@@ -19,7 +19,9 @@ class Settings:
 
     Attributes:
         backend: force one backend for every op ("" lets the cost model choose); FASTLORA_BACKEND.
-        cpu_tier: force an instruction tier of the CPU library, "avx512", "avx2" or "scalar"; FASTLORA_CPU_TIER.
+        cpu_tier: force an instruction tier of the CPU library, "avx512_bf16", "avx512", "avx2", "neon" or "scalar";
+            FASTLORA_CPU_TIER.
+        cpu_library: the file of another build of the CPU library, such as one with sanitizers; FASTLORA_CPU_LIBRARY.
         low_memory: keep only the dropout seed, redraw the mask in the backward; FASTLORA_LOW_MEMORY=1.
         merge: allow plans that merge the adapter into the dequantized weight; FASTLORA_MERGE=0 forbids them.
         triton_interpret: Triton kernels run in its interpreter, on CPU tensors; TRITON_INTERPRET=1 at the start.
@@ -29,6 +31,7 @@ class Settings:
 
     backend: str = ""
     cpu_tier: str = ""
+    cpu_library: str = ""
     low_memory: bool = False
     merge: bool = True
     triton_interpret: bool = False
@@ -49,6 +52,7 @@ def _from_environment() -> Settings:
     return Settings(
         backend=os.environ.get("FASTLORA_BACKEND", ""),
         cpu_tier=os.environ.get("FASTLORA_CPU_TIER", ""),
+        cpu_library=os.environ.get("FASTLORA_CPU_LIBRARY", ""),
         low_memory=_flag("FASTLORA_LOW_MEMORY", False),
         merge=_flag("FASTLORA_MERGE", True),
         triton_interpret=_flag("TRITON_INTERPRET", False),

@@ -74,10 +74,10 @@ def peft_opens(folder: Path, model: nn.Module | None = None) -> Any:
         return peft.PeftModel.from_pretrained(model or llama(), str(folder)).eval()
 
 
-def random_gradients(parameters: dict[str, nn.Parameter], seed: int) -> dict[str, Tensor]:
-    """Gradients of very different sizes, which wander from layer to layer: ranks move, and some come back."""
+def random_gradients(parameters: dict[str, nn.Parameter], seed: int, spread: float = 1.0) -> dict[str, Tensor]:
+    """Gradients of different sizes, which wander from layer to layer: ranks move, and some come back."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.logspace(-2, 2, len(parameters))
+    sizes = torch.logspace(-spread, spread, len(parameters))
     return {
         name: torch.randn(parameter.shape, generator=generator) * sizes[(index + seed // 6) % len(sizes)]
         for index, (name, parameter) in enumerate(sorted(parameters.items()))

@@ -30,9 +30,9 @@ def tiny():
     seen: dict[str, set[str]] = {}
     choose, arena = registry.select, Arena(TINY)
 
-    def watch(problem: Problem, forced: str = ""):
+    def watch(problem: Problem, *rest):
         seen.setdefault(current[0], set()).add(problem.op)
-        return choose(problem, forced)
+        return choose(problem, *rest)
 
     current = [""]
     with pytest.MonkeyPatch.context() as patch:

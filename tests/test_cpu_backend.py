@@ -3,13 +3,7 @@ the fp64 oracle within rounding."""
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import multiprocessing
-import os
-import pathlib
-import resource
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -18,8 +12,6 @@ from torch import Tensor
 
 from fastlora import settings
 from fastlora.backends import _cpu_library, cpu
-from fastlora.dispatch import registry
-from fastlora.errors import UnsupportedError
 from fastlora.math import nf4, philox, reference
 from fastlora.math.nf4 import PackedWeight
 from fastlora.problem import (
@@ -392,120 +384,3 @@ def test_dora_norm(tier: str, fmt: str) -> None:
         norm = cpu.dora_norm(problem, case.weight, case.a, case.b, case.scale)
         expected = reference.dora_norm(case.w, case.a.double(), case.b.double(), case.scale)
         torch.testing.assert_close(norm.double(), expected, rtol=2e-6, atol=0)
-
-
-# --- the library as a citizen -----------------------------------------------------------------------------------------
-
-
-def train_case(dtype: torch.dtype = torch.float32) -> Case:
-    flags = MODES["dora-peft"] | TRAIN | ALL_NEEDS
-    return Case(300, 500, 640, 16, dtype, "nested", flags, torch.float32)
-
-
-def test_threads_and_repeats_do_not_change_a_bit(tier: str) -> None:
-    few = Case(4, 3000, 1024, 16, torch.float32, "nf4", 0, torch.float32)
-    for case in (train_case(), train_case(torch.bfloat16), few):
-        results = []
-        for count in (1, 2, 2, 3):
-            torch.set_num_threads(count)
-            y, h, mask, z = case.forward()
-            gradients = case.backward(h, mask, z) if h is not None else ()
-            results.append([y, *(t for t in gradients if t is not None)])
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_repeated_calls_do_not_grow(tier: str) -> None:
-    case = train_case()
-
-    def once() -> None:
-        _, h, mask, z = case.forward()
-        case.backward(h, mask, z)
-
-    for _ in range(3):
-        once()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(20):
-        once()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before <= 2048  # KiB
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["lora", "drop", "dora-peft"])
-def test_scratch_is_bounded(tier: str, dtype: torch.dtype, mode: str) -> None:
-    """One forward of 512 tokens: a decoded tile, an fp32 copy of x (and of the dropped x), a MiB; never the weight."""
-    m, n, k, r = 512, 1536, 1024, 16
-    case = Case(m, n, k, r, dtype, "nested", MODES[mode] | TRAIN, torch.float32)
-    held = ctypes.CDLL(str(_cpu_library.DIRECTORY / _cpu_library.LIBRARY_NAME)).fl_scratch_bytes
-    held.restype = ctypes.c_int64
-    seen: list[int] = []
-
-    def once() -> None:  # scratch belongs to the calling thread: a fresh one has none
-        torch.set_num_threads(1)
-        seen.append(held())
-        case.forward()
-        seen.append(held())
-
-    thread = threading.Thread(target=once)
-    thread.start()
-    thread.join()
-    tile, copy = 128 * 256 * 4, 4 * m * k * (2 if mode == "dora-peft" and dtype != torch.float32 else 1)
-    assert seen[0] == 0
-    assert 0 < seen[1] <= tile + copy + (1 << 20)
-    assert seen[1] < 4 * n * k
-
-
-def _checksum() -> float:
-    torch.manual_seed(5)
-    return Case(40, 200, 256, 8, torch.float32, "nf4", 0, torch.float32).forward()[0].sum().item()
-
-
-def _forward_in_child(queue: multiprocessing.queues.Queue[float]) -> None:
-    torch.set_num_threads(1)
-    queue.put(_checksum())
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_one_thread_works_after_a_fork() -> None:
-    torch.set_num_threads(2)
-    train_case().forward()  # the parent's pool exists
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_forward_in_child, args=(queue,))
-    child.start()
-    child.join(30)
-    assert child.exitcode == 0
-    assert queue.get(timeout=5) == _checksum()
-
-
-def test_forced_tiers_are_checked() -> None:
-    problem = any_problem()._replace(format=Format("nf4", 64))
-    with settings.override(cpu_tier="quantum"):
-        assert "unknown CPU tier" in _cpu_library.missing()
-        with pytest.raises(UnsupportedError, match="unknown CPU tier"):
-            registry.select(problem, "cpu")
-        with pytest.raises(UnsupportedError, match="unknown CPU tier"):
-            cpu.quantize(problem, torch.ones(8), "nf4", 64)
-    assert FOUND is not None
-    lacking = _cpu_library.Library.__new__(_cpu_library.Library)
-    lacking.tiers = ("scalar",)
-    assert "lacks the forced tier 'avx512'" in lacking.why_not_tier("avx512")
-    with settings.override(cpu_tier="scalar"):
-        assert _cpu_library.missing() == ""
-
-
-def test_fp64_is_refused_with_a_reason() -> None:
-    problem = any_problem("lora_fwd")._replace(dtype=torch.float64, adapter_dtype=torch.float64)
-    with pytest.raises(UnsupportedError, match="dtype must be one of"):
-        registry.select(problem, "cpu")
-
-
-def test_a_missing_or_foreign_library_is_a_reason(tmp_path: pathlib.Path) -> None:
-    assert "CPU library not built" in _cpu_library.open_library(tmp_path)[1]
-    (tmp_path / _cpu_library.REASON_NAME).write_text("no C++ compiler found when installing")
-    found, why = _cpu_library.open_library(tmp_path)
-    assert found is None and "no C++ compiler found when installing" in why
-    (tmp_path / _cpu_library.LIBRARY_NAME).write_text("not a library")
-    found, why = _cpu_library.open_library(tmp_path)
-    assert found is None and "cannot be loaded" in why

@@ -192,7 +192,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen += 1
         name = func.overloadpacket.__name__
-        body = getattr(grouped_schema, f"_{name}", None)
+        body = getattr(grouped_schema, name, None)
         if body is not None:  # what an op does inside is seen only if its body is called
             with self:
                 return body(*args, **(kwargs or {}))

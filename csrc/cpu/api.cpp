@@ -2,11 +2,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #endif
 
 #include "args.h"
@@ -31,6 +36,8 @@ const Tier* compiled(int64_t tier) {
             return fl_tier_avx512();
         case TIER_AVX2:
             return fl_tier_avx2();
+        case TIER_NEON:
+            return fl_tier_neon();
         case TIER_SCALAR:
             return fl_tier_scalar();
         default:
@@ -58,6 +65,8 @@ bool cpu_has(int64_t tier) {
         default:
             return tier == TIER_SCALAR;
     }
+#elif defined(__aarch64__)
+    return tier == TIER_SCALAR || tier == TIER_NEON;
 #else
     return tier == TIER_SCALAR;
 #endif
@@ -90,6 +99,19 @@ void slices(int64_t threads, int64_t total, int64_t grain, const Body& body) {
     if (total > 0) body(0, total);
 }
 
+// An empty tensor has no address, but copies of nothing from it need one. What may be absent stays so.
+void name_the_empty(Args& args) {
+    static float nothing[16];
+    for (const void** p : {&args.x, &args.dy, &args.dense})
+        if (!*p) *p = nothing;
+    for (const float** p : {&args.a, &args.b})
+        if (!*p) *p = nothing;
+    for (void** p : {&args.y, &args.dx})
+        if (!*p) *p = nothing;
+    for (float** p : {&args.da, &args.db, &args.dmag, &args.dbias})
+        if (!*p) *p = nothing;
+}
+
 int64_t start_team(Args& args, Phased Tier::*op, double units) {
     const Tier* tier = compiled(args.tier);
     if (!tier || !cpu_has(args.tier)) return FL_NO_TIER;
@@ -115,6 +137,7 @@ int64_t start_team(Args& args, Phased Tier::*op, double units) {
 
 int64_t run_team(const Args* given, Phased Tier::*op, double units) {
     Args args = *given;
+    name_the_empty(args);
     return start_team(args, op, units);
 }
 
@@ -151,6 +174,9 @@ __attribute__((visibility("hidden"))) float* fl_scratch(int slot, int64_t floats
         buffer.data = (float*)data;
         buffer.floats = (int64_t)(bytes / 4) - 64;
     }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(buffer.data, (size_t)(buffer.floats + 64) * 4);  // `Arena` cuts it anew
+#endif
     return buffer.data;
 }
 

@@ -9,7 +9,7 @@
 enum { FL_ABI_VERSION = 3 };
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 enum Kind : int64_t { DENSE = 0, NF4 = 1, FP4 = 2 };
-enum TierId : int64_t { TIER_SCALAR = 0, TIER_AVX2 = 1, TIER_AVX512 = 2, TIER_AVX512_BF16 = 3, TIER_COUNT = 4 };
+enum TierId : int64_t { TIER_SCALAR = 0, TIER_AVX2 = 1, TIER_AVX512 = 2, TIER_AVX512_BF16 = 3, TIER_NEON = 4 };
 enum Status : int64_t { FL_OK = 0, FL_NO_MEMORY = 1, FL_NO_TIER = 2 };
 
 // Bits of fastlora.problem.
@@ -110,6 +110,7 @@ const Tier* fl_tier_scalar();
 const Tier* fl_tier_avx2();  // null where not compiled in
 const Tier* fl_tier_avx512();
 const Tier* fl_tier_avx512_bf16();
+const Tier* fl_tier_neon();
 
 // Scratch of the calling thread: grows, never shrinks, freed when the thread ends. 64-byte aligned; null without
 // memory.

@@ -121,6 +121,10 @@ struct Backward {
         const float* dy = direct ? (const float*)args.dy + chunk.first * stride : copy;
         Source source(args);
         if (args.absmax_codes) source.scales = all_scales;
+        if (!units) {  // a layer without outputs
+            memset(c1, 0, (size_t)(chunk.count * features) * 4);
+            if (drop) memset(c2, 0, (size_t)(chunk.count * features) * 4);
+        }
         for (int64_t unit = 0; unit < units; unit += depth) {
             const int64_t steps = min64(depth, units - unit), n0 = unit * (1 + PAIR);
             for (int64_t j = 0; j < count; j += PANEL)

@@ -1,5 +1,6 @@
 // What both directions share for a few tokens: tokens are taken in groups whose sums stay in registers, the weight is
-// decoded where it is used (AVX-512 and AVX2: in registers) and never becomes a tile in memory unless its shape is odd.
+// decoded where it is used (in registers where a tier has `Lookup`) and never becomes a tile in memory unless its shape
+// is odd.
 #ifndef FASTLORA_CPU_FEW_H
 #define FASTLORA_CPU_FEW_H
 

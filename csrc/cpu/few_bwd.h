@@ -1,10 +1,10 @@
 // lora_bwd for a few tokens. The equations are in backward.h; here a thread owns columns of dx and walks down the rows
 // of w, 32 at a time: the sums of those rows stay in registers and are then added to the thread's part of dx.
 //
-// Packed weights of whole blocks (AVX-512, AVX2) are decoded in registers with the plain code table: the scale of a
-// block is multiplied into dy instead, once for 64 columns. Even and odd columns stay apart until the end. With bf16
-// dot products two rows of w and two entries of dy make a pair, both rounded to bf16. Dense rows of whole vectors are read
-// where they lie, other weights by way of a small tile.
+// Packed weights of whole blocks are decoded in registers (where a tier has `Lookup`) with the plain code table: the
+// scale of a block is multiplied into dy instead, once for 64 columns. Even and odd columns stay apart until the end.
+// With bf16 dot products two rows of w and two entries of dy make a pair, both rounded to bf16. Dense rows of whole
+// vectors are read where they lie, other weights by way of a small tile.
 #ifndef FASTLORA_CPU_FEW_BWD_H
 #define FASTLORA_CPU_FEW_BWD_H
 
@@ -87,7 +87,7 @@ struct FewBackward {
     int64_t piece_width() const {
         int64_t columns = PIECE_FEW;
         while (columns > 2 * TILE_FEW && ceil_div(args.k, columns) < 2 * args.threads) columns /= 2;
-        return min64(columns, round_up(args.k, TILE_FEW));
+        return min64(columns, round_up(max64(args.k, 1), TILE_FEW));
     }
 
     int64_t carve_shared(float* base) {

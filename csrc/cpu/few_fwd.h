@@ -2,9 +2,9 @@
 // all tokens of a group at once, its sums in registers. DoRA with its own dropout multiplies twice as many tokens: x,
 // then the dropped x. The adapter's b h is the first term of the same sums.
 //
-// Packed weights of whole blocks (AVX-512, AVX2) are decoded in registers; x is cut into even and odd columns, which is
-// how nibbles come out of their bytes. Dense rows of whole vectors are read where they lie, others by way of a small
-// tile.
+// Packed weights of whole blocks are decoded in registers, where a tier has `Lookup`; x is cut into even and odd
+// columns, which is how nibbles come out of their bytes. Dense rows of whole vectors are read where they lie, others by
+// way of a small tile.
 #ifndef FASTLORA_CPU_FEW_FWD_H
 #define FASTLORA_CPU_FEW_FWD_H
 
@@ -42,18 +42,18 @@ struct PlainRows {
 // Steps of 64 columns, all of one block: a scaled table a row and step. In fp32, vectors of even and of odd columns.
 struct PackedSteps {
     enum { PAIRS = BLOCK_64 / (2 * W) };
-    typedef Lookup State;
+    typedef decltype(Lookup().scaled(0)) State;
     const uint8_t* packed;
     const float* scales;
     Lookup codes;
     int64_t bytes, ahead, row_blocks, step0;  // a row; from here to what is read next; blocks a row; steps before
     int shift;                                // log2 of steps a block
-    FL_MEMBER Lookup begin(int64_t step, int i) const {
+    FL_MEMBER State begin(int64_t step, int i) const {
         const uint8_t* p = packed + i * bytes + step * (BLOCK_64 / 2);
-        _mm_prefetch((const char*)(p + ahead), _MM_HINT_T1);
+        __builtin_prefetch(p + ahead, 0, 2);
         return codes.scaled(scales[i * row_blocks + ((step0 + step) >> shift)]);
     }
-    FL_MEMBER void get(int64_t step, int pair, int i, const Lookup& state, vf w[2]) const {
+    FL_MEMBER void get(int64_t step, int pair, int i, const State& state, vf w[2]) const {
         state.pair(packed + i * bytes + step * (BLOCK_64 / 2) + pair * W, w);
     }
     void next(int64_t count) { packed += count * bytes, scales += count * row_blocks; }

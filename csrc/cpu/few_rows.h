@@ -44,7 +44,7 @@ struct PackedRows {
     template <int V>
     FL_MEMBER void load(int64_t row, vf w[V]) const {
         const uint8_t* p = packed + row * bytes;
-        _mm_prefetch((const char*)(p + ahead), _MM_HINT_T1);
+        __builtin_prefetch(p + ahead, 0, 2);
         FL_UNROLL
         for (int v = 0; v < V; v += 2) codes.pair(p + v * W / 2, w + v);
     }
@@ -73,8 +73,8 @@ struct PackedPairs {
     FL_MEMBER void load(int64_t unit, vf w[V]) const {
         const uint8_t* p = packed + 2 * unit * bytes;
         const uint8_t* q = p + (2 * unit + 1 < rows ? bytes : 0);
-        _mm_prefetch((const char*)(p + ahead), _MM_HINT_T1);
-        _mm_prefetch((const char*)(q + ahead), _MM_HINT_T1);
+        __builtin_prefetch(p + ahead, 0, 2);
+        __builtin_prefetch(q + ahead, 0, 2);
         FL_UNROLL
         for (int v = 0; v < V; v += 2) {
             const __m512i high = _mm512_slli_epi32(bytes_of(q + v * 8), 16);

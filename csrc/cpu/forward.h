@@ -102,6 +102,7 @@ struct Forward {
     }
 
     void base(const Chunk& chunk, int64_t n0, int64_t count, const Source& source) {
+        if (!units) clear(chunk);
         for (int64_t unit = 0; unit < units; unit += depth) {
             const int64_t steps = min64(depth, units - unit), from = unit * (1 + PAIR);
             for (int64_t j = 0; j < count; j += PANEL)
@@ -113,6 +114,11 @@ struct Forward {
                 rows_times_tile<PAIR>(chunk.count, count, tile, depth * PANEL, copy_drop + unit, stride, steps,
                                       c2, features, unit > 0);
         }
+    }
+
+    void clear(const Chunk& chunk) {  // a layer without inputs
+        memset(c1, 0, (size_t)(chunk.count * features) * 4);
+        if (twice) memset(c2, 0, (size_t)(chunk.count * features) * 4);
     }
 
     void adapter(const Chunk& chunk, int64_t n0, int64_t count) {

@@ -214,11 +214,11 @@ static void apply_mask(const float* src, const uint8_t* bits, int64_t from, int6
 // dst[j * ldd + i] = src[i * ld + j], 4-byte units.
 static void transpose(const float* src, int64_t rows, int64_t columns, int64_t ld, float* dst, int64_t ldd) {
     int64_t whole_rows = 0, whole_columns = 0;
-#ifdef FL_AVX512
-    whole_rows = rows & ~(int64_t)15, whole_columns = columns & ~(int64_t)15;
-    for (int64_t j = 0; j < whole_columns; j += 16)
-        for (int64_t i = 0; i < whole_rows; i += 16) {
-            for (int64_t row = i; row < i + 16; ++row) __builtin_prefetch(src + row * ld + j + 32);
+#ifdef FL_TURN
+    whole_rows = rows / FL_TURN * FL_TURN, whole_columns = columns / FL_TURN * FL_TURN;
+    for (int64_t j = 0; j < whole_columns; j += FL_TURN)
+        for (int64_t i = 0; i < whole_rows; i += FL_TURN) {
+            for (int64_t row = i; row < i + FL_TURN && j % 16 == 0; ++row) __builtin_prefetch(src + row * ld + j + 32);
             transpose_block(src + i * ld + j, ld, dst + j * ldd + i, ldd);
         }
 #endif

@@ -48,9 +48,11 @@ FL_INLINE vf vload_as(const void* p, int64_t i) {
     return DTYPE == BF16 ? vload_bf16((const uint16_t*)p + i) : vload_f16((const uint16_t*)p + i);
 }
 
-// total[i][t] += sum over `steps` vectors of a[i][.] x[t][.], for R rows of a (of stride k from element `at`).
+// total[i][t] += sum over `steps` vectors of a[i][.] x[t][.], for R rows of a (of stride k from element `at`). The rows
+// lie far apart: what is read next, `ahead` elements on, is asked for now.
 template <int64_t DTYPE, int R, int T>
-static void short_dots(const void* a, int64_t at, int64_t k, const float* const* x, int64_t steps, vf* total) {
+static void short_dots(const void* a, int64_t at, int64_t k, const float* const* x, int64_t steps, int64_t ahead,
+                       vf* total) {
     vf acc[R][T];
     FL_UNROLL
     for (int i = 0; i < R; ++i) {
@@ -63,6 +65,7 @@ static void short_dots(const void* a, int64_t at, int64_t k, const float* const*
         for (int t = 0; t < T; ++t) v[t] = vload(x[t] + d);
         FL_UNROLL
         for (int i = 0; i < R; ++i) {
+            __builtin_prefetch((const char*)a + (at + i * k + d + ahead) * (DTYPE == F32 ? 4 : 2), 0, 2);
             const vf w = vload_as<DTYPE>(a, at + i * k + d);
             FL_UNROLL
             for (int t = 0; t < T; ++t) acc[i][t] = vfma(w, v[t], acc[i][t]);
@@ -77,12 +80,12 @@ static void short_dots(const void* a, int64_t at, int64_t k, const float* const*
 
 template <int64_t DTYPE, int T>
 static void rank_dots(const void* a, int64_t at, int64_t k, int64_t ranks, const float* const* x, int64_t count,
-                      vf* total, float* rest) {
+                      int64_t ahead, vf* total, float* rest) {
     enum { R = T == 1 ? RANKS : 4 };
     const int64_t steps = count / W;
     int64_t i = 0;
-    for (; i + R <= ranks; i += R) short_dots<DTYPE, R, T>(a, at + i * k, k, x, steps, total + i * T);
-    for (; i < ranks; ++i) short_dots<DTYPE, 1, T>(a, at + i * k, k, x, steps, total + i * T);
+    for (; i + R <= ranks; i += R) short_dots<DTYPE, R, T>(a, at + i * k, k, x, steps, ahead, total + i * T);
+    for (; i < ranks; ++i) short_dots<DTYPE, 1, T>(a, at + i * k, k, x, steps, ahead, total + i * T);
     if (steps * W == count) return;
     for (int64_t j = 0; j < ranks; ++j)
         for (int t = 0; t < T; ++t)
@@ -137,7 +140,9 @@ struct GroupedForward {
             const float* x[T];
             for (int t = 0; t < T; ++t)
                 x[t] = columns_of(args, args.x, rows[t], args.k, from, count, member.drops, segment + t * STEP);
-            rank_dots<DTYPE, T>(member.a, first * args.k + from, args.k, ranks, x, count, total, rest);
+            const bool last = from + STEP >= args.k;  // then the next rows' first columns
+            const int64_t ahead = last ? RANKS * args.k - from : STEP;
+            rank_dots<DTYPE, T>(member.a, first * args.k + from, args.k, ranks, x, count, ahead, total, rest);
         }
         for (int64_t i = 0; i < ranks; ++i)
             for (int t = 0; t < T; ++t)
@@ -156,11 +161,18 @@ struct GroupedForward {
         for (; i < end; ++i) form_h<DTYPE, 1>(member, walk.rows() + i, first, ranks);
     }
 
+    // Ask for what a later piece reads.
+    void ask(const void* base, int64_t first, int64_t count) const {
+        const char* p = (const char*)at(base, call.adapter_dtype, first);
+        for (int64_t i = 0; i < count * item_size(call.adapter_dtype); i += 64) __builtin_prefetch(p + i, 0, 2);
+    }
+
     // b[n0 .. n0 + count, :] as panels [COLUMNS / PANEL][r][PANEL].
     void take_b(const Member& member, int64_t n0, int64_t count) {
         for (int64_t j = 0; j < count; j += PANEL) {
             const int64_t here = min64(PANEL, count - j), at = (n0 + j) * member.r;
             const float* b = (const float*)member.b + at;
+            ask(member.b, at + COLUMNS * member.r, here * member.r);
             if (call.adapter_dtype != F32) {
                 to_f32(member.b, call.adapter_dtype, at, here * member.r, narrow);
                 b = narrow;

@@ -3,9 +3,14 @@
 #ifndef FASTLORA_CPU_TEAM_H
 #define FASTLORA_CPU_TEAM_H
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace {
 
-// Cuts one allocation into 64-byte aligned arrays; with a null base it only adds up the size.
+// Cuts one allocation into 64-byte aligned arrays; with a null base it only adds up the size. Under AddressSanitizer
+// what lies between them must not be touched.
 struct Arena {
     float* base;
     int64_t used;
@@ -13,6 +18,10 @@ struct Arena {
     float* take(int64_t floats) {
         float* p = base ? base + used : nullptr;
         used += round_up(floats, 16);
+#if defined(__SANITIZE_ADDRESS__)
+        used += 16;
+        if (p) __asan_poison_memory_region(p + floats, (size_t)(base + used - p - floats) * 4);
+#endif
         return p;
     }
 };
@@ -35,7 +44,7 @@ FL_INLINE int64_t padded_rank(const Args& args) { return round_up(args.r, W); }
 // Panels of a tile: fewer where there would be too few tiles to share out.
 FL_INLINE int64_t panels_of(int64_t total, int64_t threads) {
     enum { MOST = 128 / PANEL };
-    int64_t panels = min64(MOST, ceil_div(total, PANEL));
+    int64_t panels = min64(MOST, ceil_div(max64(total, 1), PANEL));
     while (panels > 1 && ceil_div(total, panels * PANEL) < 3 * threads) panels /= 2;
     return panels;
 }

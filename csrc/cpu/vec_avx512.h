@@ -10,7 +10,8 @@ namespace {
 
 typedef __m512 vf;
 #define FL_AVX512
-#define FL_LOOKUP  // it has `Lookup`: codes are decoded in registers
+#define FL_LOOKUP   // it has `Lookup`: codes are decoded in registers
+#define FL_TURN 16  // it has `transpose_block` of so many rows and columns
 enum { W = 16, TILE_ROWS = 6, TILE_VECTORS = 4, ADAPTER_ROWS = 12, RANK_ROWS = 8 };
 #ifdef FL_BF16
 enum { HAS_PAIR = 1 };

@@ -17,12 +17,11 @@ from fastlora import settings
 from fastlora.errors import UnsupportedError
 
 ABI_VERSION = 3
-DIRECTORY = pathlib.Path(__file__).resolve().parent.parent / "_lib"
-LIBRARY_NAME = "libfastlora_cpu.so"
+INSTALLED = pathlib.Path(__file__).resolve().parent.parent / "_lib" / "libfastlora_cpu.so"
 # Written beside the library by a build that could not make it; its text says why.
 REASON_NAME = "cpu_build_failed.txt"
 # Position = the number the library knows a tier by; the last one this CPU has is used unless a setting forces another.
-TIERS = ("scalar", "avx2", "avx512", "avx512_bf16")
+TIERS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
 STATUS_NO_MEMORY = 1
 _SINGLE = ("quantize", "quantize_absmax", "dequantize", "dropout_mask", "dora_norm", "lora_fwd", "lora_bwd")
 OPS = (*_SINGLE, "grouped_mask", "grouped_fwd", "grouped_bwd")
@@ -96,32 +95,55 @@ class Library:
         raise UnsupportedError(f"the CPU library refused {op} (status {status})")
 
 
-def open_library(directory: pathlib.Path = DIRECTORY) -> tuple[Library | None, str]:
-    """The library in a directory, or None and the reason why there is none. Never raises."""
-    path = directory / LIBRARY_NAME
+def _cut_short(path: pathlib.Path) -> str:
+    """Why an ELF file must not be opened: part of it lies beyond its end, where the loader would be killed; or "".
+
+    Source: System V ABI, "ELF Header" and "Program Header"; 64-bit, little-endian. Other files are left to the loader.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return ""
+        (table,), (entry, count) = struct.unpack_from("<Q", header, 32), struct.unpack_from("<HH", header, 54)
+        file.seek(table)
+        segments = file.read(entry * count)
+    ends = [table + entry * count]
+    for at in range(0, len(segments) - 55, max(entry, 56)):
+        offset, length = struct.unpack_from("<Q", segments, at + 8)[0], struct.unpack_from("<Q", segments, at + 32)[0]
+        ends.append(offset + length)
+    return f"the file is cut short: {size} of {max(ends)} bytes" if max(ends) > size else ""
+
+
+def open_library(path: pathlib.Path = INSTALLED) -> tuple[Library | None, str]:
+    """The library in a file, or None and the reason why it cannot be used. Never raises."""
     if not path.is_file():
-        failed = directory / REASON_NAME
+        failed = path.parent / REASON_NAME
         why = failed.read_text(encoding="utf-8").strip() if failed.is_file() else ""
-        why = why or "install from source with a C++ compiler present"
+        why = why or ("install from source with a C++ compiler present" if path == INSTALLED else f"no file {path}")
         return None, f"CPU library not built ({why})"
     try:
+        if why := _cut_short(path):
+            return None, f"CPU library cannot be loaded ({why})"
         handle = ctypes.CDLL(str(path))
         handle.fl_abi_version.restype = handle.fl_args_bytes.restype = ctypes.c_int64
         found, size = handle.fl_abi_version(), handle.fl_args_bytes()
+        if (found, size) != (ABI_VERSION, _RECORD.size):
+            needed = f"{ABI_VERSION}.{_RECORD.size}"
+            return None, f"CPU library has interface {found}.{size}, this package needs {needed}: rebuild"
+        return Library(handle), ""
     except (OSError, AttributeError) as error:
         return None, f"CPU library cannot be loaded ({error})"
-    if (found, size) != (ABI_VERSION, _RECORD.size):
-        return (
-            None,
-            f"CPU library has interface {found}.{size}, this package needs {ABI_VERSION}.{_RECORD.size}: rebuild",
-        )
-    return Library(handle), ""
 
 
 @functools.cache
+def _opened(path: str) -> tuple[Library | None, str]:
+    return open_library(pathlib.Path(path) if path else INSTALLED)
+
+
 def loaded() -> tuple[Library | None, str]:
-    """`open_library` of this installation, once a process."""
-    return open_library()
+    """`open_library` of this installation, or of the file the settings name; each once a process."""
+    return _opened(settings.current.cpu_library)
 
 
 def missing() -> str:

@@ -58,24 +58,25 @@ def _address(t: Tensor | None) -> int:
 
 
 def _aligned(t: Tensor | None, keep: list[Tensor]) -> int:
-    """Address of bytes the library reads as fp32; a misaligned or strided part is copied into `keep` first."""
+    """Address of what is read in units of 4 bytes; a misaligned or strided part is copied into `keep` first."""
     if t is None:
         return 0
     address = t.data_ptr()
     if address % 4 or not t.is_contiguous():
-        t = t.clone(memory_format=torch.contiguous_format)
+        t = _moved(t)
         keep.append(t)
         address = t.data_ptr()
     return address
 
 
+def _moved(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
     """The record's fields for a frozen weight; `keep` holds copies that must outlive the call."""
     if isinstance(weight, Tensor):
-        if not weight.is_contiguous():
-            weight = weight.contiguous()
-            keep.append(weight)
-        return (0, 0, weight.data_ptr(), 0, 0, 0, 0, 0, 0)
+        return (0, 0, _aligned(weight, keep), 0, 0, 0, 0, 0, 0)
     packed, scales, nested_absmax, nested_offset, code, quant_type, blocksize, _ = weight
     if not packed.is_contiguous():
         packed = packed.contiguous()
@@ -114,7 +115,8 @@ def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
 def quantize(problem: Problem, w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     """w fp32/bf16/fp16, any shape -> packed uint8 [ceil(numel/2), 1], absmax fp32 [blocks]; bits of math.nf4."""
     library = _cpu_library.library()
-    flat, count = w.contiguous(), w.numel()
+    keep: list[Tensor] = []
+    count = w.numel()
     packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
     absmax = torch.empty((-(-count // blocksize),), dtype=torch.float32)
     if count:
@@ -123,7 +125,7 @@ def quantize(problem: Problem, w: Tensor, quant_type: str, blocksize: int) -> tu
             dtype=_DTYPES[w.dtype],
             tier=library.tier(),
             weight=(_KINDS[quant_type], blocksize, 0, 0, 0, 0, 0, 0, 0),
-            x=flat.data_ptr(),
+            x=_aligned(w, keep),
             out_bytes=packed.data_ptr(),
             out_scales=absmax.data_ptr(),
         )
@@ -155,7 +157,7 @@ def quantize_absmax(problem: Problem, absmax: Tensor) -> tuple[Tensor, Tensor, T
 def dequantize(problem: Problem, weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Decode a weight of any shape to fp32, bf16 or fp16: fp32 code * absmax, rounded once. Bits of math.nf4."""
     library = _cpu_library.library()
-    if out is not None and not out.is_contiguous():
+    if out is not None and (out.data_ptr() % 4 or not out.is_contiguous()):
         return out.copy_(dequantize(problem, weight, dtype))
     count = weight.numel
     if out is None:
@@ -206,8 +208,8 @@ def dora_norm(problem: Problem, weight: Tensor | PackedWeight, a: Tensor, b: Ten
         tier=library.tier(),
         scale=float(scale),
         weight=_weight(weight, keep),
-        a=_address(a32),
-        b=_address(b32),
+        a=_aligned(a32, keep),
+        b=_aligned(b32, keep),
         out_scales=norm.data_ptr(),
     )
     library.call("dora_norm", record)
@@ -255,6 +257,10 @@ def lora_fwd(
     mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
     sizes = (m, n, k, r, _DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
     operands = (x.data_ptr(), _address(a32), _address(b32), _address(bias32), _address(mag32), _address(norm32))
+    if (operands[0] | operands[1] | operands[2] | operands[3] | operands[4] | operands[5]) % 4:
+        bias, mag, norm = (None if t is None else _moved(t) for t in (bias, mag, norm))
+        adapter = (_moved(a), _moved(b), scale, mag, norm)
+        return lora_fwd(problem, _moved(x), weight, bias, *adapter, seed, stream, p)
     outputs = (y.data_ptr(), _address(h), _address(mask), _address(z))
     record = _cpu_library.pack_fields(
         *sizes, scale, keep_scale, _address(seed), *_weight(weight, keep), *operands, *outputs, 0, 0, 0, 0, 0, 0, 0, 0
@@ -298,6 +304,10 @@ def lora_bwd(
     sizes = (m, n, k, r, _DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
     operands = (_address(x), _address(a32), _address(b32), 0, _address(mag32), _address(norm32))
     saved = (0, _address(h), _address(mask), _address(z), dy.data_ptr())
+    if (operands[0] | operands[1] | operands[2] | operands[4] | operands[5] | saved[4]) % 4:
+        x, mag, norm = (None if t is None else _moved(t) for t in (x, mag, norm))
+        adapter = (_moved(a), _moved(b), scale, mag, norm)
+        return lora_bwd(problem, _moved(dy), x, weight, *adapter, h, mask, z, seed, stream, p)
     outputs = (_address(dx), _address(da), _address(db), _address(dmag), _address(dbias))
     record = _cpu_library.pack_fields(
         *sizes, scale, keep_scale, 0, *_weight(weight, keep), *operands, *saved, *outputs, 0, 0
@@ -314,15 +324,19 @@ def lora_bwd(
 def _members(group: Group, keep: list[Tensor], outputs: Sequence[tuple[int, int, int]] | None = None) -> bytes:
     """A `struct Member` an adapter; `outputs`: addresses of da, db, dmag."""
     records = []
-    for e, kind in enumerate(group.kinds):
+    pack, none = _cpu_library.pack_member, (0, 0, 0)
+    for e, (a, b, scale, kind) in enumerate(zip(group.a, group.b, group.scales, group.kinds, strict=True)):
+        out = none if outputs is None else outputs[e]
+        if not kind & (DORA | DROPOUT):
+            records.append(pack(a.data_ptr(), b.data_ptr(), 0, 0, scale, 1.0, b.shape[1], 0, 0, 0, 0, *out))
+            continue
         mag, norm = (_f32(group.mag[e]), _f32(group.norm[e])) if kind & DORA else (None, None)
         keep += [t for t in (mag, norm) if t is not None]
         drops, p = bool(kind & DROPOUT), group.ps[e]
-        operands = (group.a[e].data_ptr(), group.b[e].data_ptr(), _address(mag), _address(norm))
-        dropping = (philox.threshold(p), group.streams[e], drops, base_drops(kind)) if drops else (0, 0, 0, 0)
-        factors = (group.scales[e], philox.keep_scale(p) if drops else 1.0)
-        out = outputs[e] if outputs is not None else (0, 0, 0)
-        records.append(_cpu_library.pack_member(*operands, *factors, group.b[e].shape[1], *dropping, *out))
+        operands = (a.data_ptr(), b.data_ptr(), _address(mag), _address(norm))
+        dropping = (philox.threshold(p), group.streams[e], 1, base_drops(kind)) if drops else (0, 0, 0, 0)
+        factors = (scale, philox.keep_scale(p) if drops else 1.0)
+        records.append(pack(*operands, *factors, b.shape[1], *dropping, *out))
     return b"".join(records)
 
 
@@ -402,7 +416,8 @@ def grouped_bwd(
 def describe() -> str:
     """The instruction tier in force and those this CPU has, for `fastlora env`."""
     library = _cpu_library.library()
-    return f"tier {_cpu_library.TIERS[library.tier()]} (has {', '.join(library.tiers)})"
+    amx = "; the CPU has AMX, which no kernel uses" if torch.cpu._is_amx_tile_supported() else ""
+    return f"tier {_cpu_library.TIERS[library.tier()]} (has {', '.join(library.tiers)}){amx}"
 
 
 # Picoseconds a weight on one core of an AMD Zen 4 (2026-11): decoding and reading it once, and each token it meets.

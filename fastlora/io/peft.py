@@ -132,6 +132,8 @@ def config_to_json(
     if isinstance(config, AdaLoraConfig):
         # PEFT's default r: its AdaLoRA ignores r and warns about any other.
         fields |= {"peft_type": "ADALORA", "r": 8, **{name: getattr(config, name) for name in ADALORA_FIELDS}}
+        if kept is not None and config.lora_alpha <= 0:
+            fields["lora_alpha"] = config.init_r  # the same function; PEFT would put the pruned rank in its place
         fields["rank_pattern"] = None if kept is None else {f"{name}.lora_E": mask for name, mask in kept.items()}
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 

@@ -24,21 +24,6 @@ from fastlora.ops.schema import flags_of, format_of
 from fastlora.problem import BIAS, DENSE, NEED_DA, NEED_DB, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN, Problem
 
 
-class _Products:
-    """A layer as `rows` sees it where it has AdaLoRA adapters: each A is the one that enters the product."""
-
-    def __init__(self, layer: AdaptedLinear) -> None:
-        self._layer = layer
-        self.lora_A = {name: layer.effective_a(name) for name in layer.lora_A}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-
-def _for_rows(layer: AdaptedLinear) -> Any:
-    return _Products(layer) if len(layer.lora_E) else layer
-
-
 class AdaptedLinear(AdapterLayer):
     """What both layers share: forward, merging, loading. See `LoraLinear` and `QLoraLinear`."""
 
@@ -65,12 +50,12 @@ class AdaptedLinear(AdapterLayer):
             adapter_names: one name or None per row of the batch (the first dimension); default: the active adapters.
         """
         if adapter_names is not None:
-            return rows.forward(_for_rows(self), x, adapter_names)
+            return rows.forward(self, x, adapter_names)
         if self._merged_adapters and not self._disabled:
             return self._merged_forward(x)
         names = [] if self._disabled else self.active_adapters
         y = self.adapter_forward(x, names[0] if len(names) == 1 else None)
-        return y if len(names) < 2 else rows.add_deltas(_for_rows(self), x, y, names)
+        return y if len(names) < 2 else rows.add_deltas(self, x, y, names)
 
     def adapter_forward(self, x: Tensor, name: str | None) -> Tensor:
         """The layer with one adapter, or with none: the frozen base."""

@@ -57,8 +57,11 @@ def convert(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in with_progress(list(plan.targets), "convert", progress):
-        put(model, name, plan.make[name](plan.targets.pop(name), plan.configs[name]))
-        del plan.make[name]
+        linear = plan.targets.pop(name)
+        layer = plan.make.pop(name)(linear, plan.configs[name])
+        _keep_device_hook(linear, layer)
+        put(model, name, layer)
+        del linear
     finish(model, plan.config)
     return model
 
@@ -119,6 +122,15 @@ def plan_of(
     return Plan(config, targets, configs, make)
 
 
+def _keep_device_hook(linear: nn.Module, layer: nn.Module) -> None:
+    """accelerate's hook that moves a layer's input to its device (`device_map`) goes on to the layer in its place."""
+    hook = getattr(linear, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(layer, hook)
+
+
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule of that name."""
     setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
@@ -150,6 +162,11 @@ def check_target(name: str, linear: nn.Module, config: LoraConfig, quantize: str
     """Raise, before anything has changed, what making this layer would."""
     weight: Any = linear.weight
     four_bit = hasattr(weight, "quant_state")
+    if weight.is_meta and hasattr(linear, "_hf_hook"):
+        raise ConfigError(
+            f"cannot adapt {name}: accelerate keeps its weight elsewhere (offloaded to CPU or disk); load the model "
+            "without offloading, or stream its folder with fastlora.load_quantized"
+        )
     if four_bit and weight.quant_state is not None:
         QuantizedWeight.from_bnb(linear)
     elif not weight.is_floating_point():

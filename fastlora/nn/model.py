@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlora.config import LoraConfig, fresh_seed
 from fastlora.errors import ConfigError, FastloraError
+from fastlora.math import init
 from fastlora.nn.adapted import AdaptedLinear
 from fastlora.nn.adapters import checked_config
 from fastlora.nn.linear import QLoraLinear
@@ -53,8 +54,25 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         layer.set_adapter([name for name in chosen if name in layer.lora_A])
 
 
+def train_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Let these adapters train and freeze all others; which are active does not change.
+
+    For batches that say for each row which adapter it uses (`adapter_names`): there several DoRA adapters can train at
+    once, which `set_adapter` refuses because on the same row their order would matter.
+
+    Raises:
+        ConfigError: no layer has one of them; nothing has changed then.
+    """
+    layers = _layers(model)
+    chosen = set(_known_names(layers, names))
+    for layer in layers:
+        for group in layer.adapter_groups().values():
+            for name, parameter in group.items():
+                parameter.requires_grad_(name in chosen)
+
+
 def add_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
-    """Add several adapters to every adapted layer that each config's target_modules picks.
+    """Add several adapters to every adapted layer that each config's target_modules picks, in one call.
 
     Raises:
         ConfigError: a name or field that does not fit, or a config that picks no layer; nothing has changed then.
@@ -79,11 +97,28 @@ def add_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
             raise ConfigError(f"target_modules={config.target_modules!r} of {name!r} matches no adapted layer")
         for path in picked[name]:
             layers[path].check_new(name, checked[name])
+            _alone_if_it_rewrites(name, path, checked, picked)
     made = [
         (x, path, checked_config(config_for(path, checked[x]), {})) for x, paths in picked.items() for path in paths
     ]
-    for name, path, config in made:
-        layers[path].add_adapter(name, config)
+    done: list[tuple[AdaptedLinear, str]] = []
+    try:
+        for name, path, config in made:
+            layers[path].add_adapter(name, config)
+            done.append((layers[path], name))
+    except BaseException:
+        for layer, name in reversed(done):
+            layer.delete_adapter(name)
+        raise
+
+
+def _alone_if_it_rewrites(
+    name: str, path: str, configs: Mapping[str, LoraConfig], picked: Mapping[str, list[str]]
+) -> None:
+    """An init that changes the base must be a layer's first: two of one call would see each other's."""
+    others = [other for other in picked if other != name and path in picked[other]]
+    if others and any(init.changes_base(configs[each].init_lora_weights) for each in (name, *others)):
+        raise ConfigError(f"{name!r} and {others[0]!r} of one call: the init of one rewrites the base of {path!r}")
 
 
 def _shares_nothing(name: str, config: LoraConfig) -> None:

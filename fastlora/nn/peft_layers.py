@@ -312,10 +312,27 @@ def _same(have: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
     return all(one is other for one, other in zip(have, found, strict=True))
 
 
+def _unchanged(have: Adopted, weight: Any, state: Any) -> bool:
+    """Whether every part is still the object `have` was made of, its bytes where they were; asked at every call."""
+    one, two, absmax, nested, absmax2, offset, code = have.parts
+    if weight is not one or state is not two or state.absmax is not absmax or state.code is not code:
+        return False
+    if state.state2 is not nested or state.offset is not offset or getattr(state, "packing_format_for_cpu", False):
+        return False
+    if nested is not None and nested.absmax is not absmax2:
+        return False
+    with torch._C.DisableTorchFunctionSubclass():  # Params4bit reroutes every method through Python
+        pointer: int = weight.data_ptr()
+    return pointer == have.pointer
+
+
 def adopt(layer: Any, base: Any) -> Adopted | str:
     """The base weight's bytes, shared, or why they cannot be. Kept on the layer until any part is replaced."""
     weight = base._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
+    have: Adopted | None = layer.__dict__.get(ADOPTED)
+    if have is not None and not torch.compiler.is_compiling() and _unchanged(have, weight, state):
+        return have
     if state is None or not hasattr(state, "absmax"):
         return "the base weight is not quantized (yet)"
     if getattr(state, "packing_format_for_cpu", False):
@@ -323,18 +340,14 @@ def adopt(layer: Any, base: Any) -> Adopted | str:
             "bitsandbytes has repacked the base weight for its CPU kernel (an eval forward on an AVX512_BF16 host); "
             "accelerate the model before its first eval forward"
         )
-    have: Adopted | None = layer.__dict__.get(ADOPTED)
     parts = _parts(weight, state)
-    same = have is not None and _same(have.parts, parts)
     if torch.compiler.is_compiling():
-        if have is None or not same:
+        if have is None or not _same(have.parts, parts):
             return "its bytes had not been read before torch.compile"
         if weight.dtype is not torch.uint8:
             return have
         return have._replace(packed=have.packed._replace(packed=weight.view(-1, 1)))  # .data may have been replaced
     with torch._C.DisableTorchFunctionSubclass():  # Params4bit reroutes every method through Python
-        if have is not None and same and weight.data_ptr() == have.pointer:
-            return have
         plain, pointer = weight.detach().as_subclass(Tensor), weight.data_ptr()
     try:
         packed, _ = bnb.from_quant_state(plain, state)

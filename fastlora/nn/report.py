@@ -110,7 +110,8 @@ def _own(model: nn.Module) -> Iterator[LayerReport]:
         if config is not None and not layer.merged:
             sizes = (layer.in_features, layer.out_features, config.r)
             saved = saved_bytes(*sizes, dropout=config.lora_dropout > 0, dora=dora, dtype=dtype)
-        yield LayerReport(name, f"{'DoRA' if dora else 'LoRA'} over {kind}", FUSED, "", saved)
+        method = "AdaLoRA" if active and active[0] in layer.lora_E else "DoRA" if dora else "LoRA"
+        yield LayerReport(name, f"{method} over {kind}", FUSED, "", saved)
 
 
 def _of_peft(model: nn.Module) -> Iterator[LayerReport]:

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastlora import settings
 from fastlora.config import DORA_DROPOUT
 from fastlora.errors import DtypeError, ShapeError
 from fastlora.math.nf4 import PackedWeight
 from fastlora.math.segments import Segments
-from fastlora.ops import grouped_schema  # noqa: F401  (defines the ops)
+from fastlora.ops import grouped_schema
 from fastlora.ops.dora import dora_weight_norm
 from fastlora.ops.lora import _check, _check_devices, _refuse_tangents, as_seed
-from fastlora.ops.schema import flags_of
 from fastlora.problem import (
     BIAS,
+    DORA,
     DROPOUT,
     NEED_DA,
     NEED_DB,
@@ -28,6 +29,7 @@ from fastlora.problem import (
     NEED_DMAG,
     NEED_DX,
     SAVE_MASK,
+    SHARED,
     TRAIN,
 )
 
@@ -38,6 +40,7 @@ class RowAdapter(NamedTuple):
     Attributes:
         a, b: [r, k] and [n, r], one float dtype.
         scale: s.
+        name: for messages.
         magnitude: [n]; makes it DoRA.
         dropout_p, stream, dora_dropout: as in `lora.lora_linear`.
     """
@@ -49,6 +52,7 @@ class RowAdapter(NamedTuple):
     dropout_p: float = 0.0
     stream: int = 0
     dora_dropout: str = "peft"
+    name: str = ""
 
 
 class _Facts(NamedTuple):
@@ -77,15 +81,27 @@ def _split(tensors: Sequence[Tensor | None], groups: int) -> tuple[Any, Any, Any
     return list(tensors[:groups]), list(tensors[groups : 2 * groups]), list(tensors[2 * groups :])
 
 
+def _plain(x: Tensor) -> bool:
+    """Whether an op's body may be called without the dispatcher, which takes longer over lists than the body does."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def _forward_op(
     x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], frozen: _Frozen, facts: _Facts
 ) -> Any:
     a, b, mag = _split(tensors, len(facts.kinds))
     group = (a, b, mag, frozen.norms, facts.scales, facts.ps, facts.streams, facts.kinds)
     tail = (bias, *group, *frozen.rows, frozen.seed, facts.flags, facts.backend)
+    plain = _plain(x)
     if isinstance(frozen.weight, PackedWeight):
-        return torch.ops.fastlora.qgrouped_fwd(x, *frozen.weight[:7], facts.on_grid, *tail)
-    return torch.ops.fastlora.grouped_fwd(x, frozen.weight, *tail)
+        run = grouped_schema.qgrouped_fwd if plain else torch.ops.fastlora.qgrouped_fwd
+        return run(x, *frozen.weight[:7], facts.on_grid, *tail)
+    return (grouped_schema.grouped_fwd if plain else torch.ops.fastlora.grouped_fwd)(x, frozen.weight, *tail)
 
 
 class MixedLinear(torch.autograd.Function):
@@ -141,10 +157,13 @@ class MixedLinear(torch.autograd.Function):
         group = (a, b, mag, norms, facts.scales, facts.ps, facts.streams, facts.kinds)
         tail = (*group, owner, order, offsets, h, mask, z, seed, facts.flags, facts.backend)
         dy = dy.contiguous()
+        plain = _plain(dy)
         if ctx.packing is None:
-            dx, dbias, grads = torch.ops.fastlora.grouped_bwd(dy, x, weight[0], *tail)
+            run = grouped_schema.grouped_bwd if plain else torch.ops.fastlora.grouped_bwd
+            dx, dbias, grads = run(dy, x, weight[0], *tail)
         else:
-            dx, dbias, grads = torch.ops.fastlora.qgrouped_bwd(dy, x, *weight, *ctx.packing, facts.on_grid, *tail)
+            run = grouped_schema.qgrouped_bwd if plain else torch.ops.fastlora.qgrouped_bwd
+            dx, dbias, grads = run(dy, x, *weight, *ctx.packing, facts.on_grid, *tail)
         found = iter(grads)
         sets = [[next(found) if kind & bit else None for bit in (NEED_DA, NEED_DB, NEED_DMAG)] for kind in facts.kinds]
         da, db, dmag = zip(*sets, strict=True)
@@ -152,23 +171,55 @@ class MixedLinear(torch.autograd.Function):
         return dx, None if dbias is None else dbias.to(ctx.bias_dtype), None, None, *da, *db, *dmag
 
 
+def _check_adapters(x: Tensor, n: int, k: int, adapters: Sequence[RowAdapter], bias: Tensor | None) -> torch.dtype:
+    """Raise what does not fit, by the adapter's number; else the dtype they are computed in."""
+    wide, device, host = adapters[0].a.dtype, x.device, x.is_cpu
+    tangents = forward_ad._current_level >= 0
+    for number, each in enumerate(adapters):
+        a, b, _, mag, p = each[:5]
+        dtype, shape = a.dtype, a.shape
+        if dtype is not wide:
+            wide = torch.promote_types(wide, dtype)
+        # The quick look that most adapters pass; `_check` finds the words for those that do not.
+        fits = (
+            len(shape) == 2
+            and shape[1] == k
+            and b.shape == (n, shape[0])
+            and b.dtype is dtype
+            and dtype.is_floating_point
+        )
+        fits = fits and ((a.is_cpu and b.is_cpu) if host else (a.device == device and b.device == device))
+        if fits and mag is None and p == 0.0 and number and not tangents:
+            continue
+        try:
+            _check(x, n, k, a, b, bias, mag, p)
+            _check_devices(x, a, b, mag)
+            if each.dora_dropout not in DORA_DROPOUT:
+                raise ShapeError(f"dora_dropout must be one of {', '.join(DORA_DROPOUT)}, got {each.dora_dropout!r}")
+        except (ShapeError, DtypeError) as error:
+            raise type(error)(f"adapter {each.name or number}: {error}") from None
+        if tangents:
+            _refuse_tangents(x, a, b, bias, mag)
+    return wide
+
+
 def _facts(
-    x: Tensor, bias: Tensor | None, adapters: Sequence[RowAdapter], backend: str | None, on_grid: bool
-) -> tuple[_Facts, bool]:
-    """The facts of a call, and whether a gradient is wanted."""
-    tensors = [x, bias, *(t for each in adapters for t in (each.a, each.b, each.magnitude))]
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    train: bool, bias: Tensor | None, adapters: Sequence[RowAdapter], backend: str | None, on_grid: bool
+) -> _Facts:
+    """The static facts of a call."""
     kinds = [
-        flags_of(dropout=each.dropout_p > 0.0, dora=each.magnitude is not None, shared=each.dora_dropout == "shared")
+        DROPOUT * (each.dropout_p > 0.0)
+        | DORA * (each.magnitude is not None)
+        | SHARED * (each.magnitude is not None and each.dropout_p > 0.0 and each.dora_dropout == "shared")
         for each in adapters
     ]
-    flags = flags_of(bias=bias is not None, train=train)
+    flags = BIAS * (bias is not None) | TRAIN * train
     for kind in kinds:
         flags |= kind
     if train and flags & DROPOUT and not settings.current.low_memory:
         flags |= SAVE_MASK
     scales, ps = [float(each.scale) for each in adapters], [float(each.dropout_p) for each in adapters]
-    return _Facts(scales, ps, [each.stream for each in adapters], kinds, flags, backend or "", on_grid), train
+    return _Facts(scales, ps, [each.stream for each in adapters], kinds, flags, backend or "", on_grid)
 
 
 def mixed_linear(
@@ -205,30 +256,25 @@ def mixed_linear(
             f"expected x [m, k], one adapter at least and rows of both, got x {tuple(x.shape)}, {len(adapters)} "
             f"adapters and {rows.owner.shape[0]} rows of {rows.groups}"
         )
-    for each in adapters:
-        _check(x, n, k, each.a, each.b, bias, each.magnitude, each.dropout_p)
-        _check_devices(x, weight[0] if isinstance(weight, PackedWeight) else weight, each.a, each.b, each.magnitude)
-        if each.dora_dropout not in DORA_DROPOUT:
-            raise ShapeError(f"dora_dropout must be one of {', '.join(DORA_DROPOUT)}, got {each.dora_dropout!r}")
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(x, each.a, each.b, bias, each.magnitude)
-    _check_devices(x, bias, rows.owner)
     if isinstance(weight, Tensor) and weight.dtype != x.dtype:
         raise DtypeError(f"expected x and weight of one dtype, got x {x.dtype} and weight {weight.dtype}")
-    facts, train = _facts(x, bias, adapters, backend, on_grid)
-    wide = adapters[0].a.dtype
-    for each in adapters:
-        wide = torch.promote_types(wide, each.a.dtype)
+    _check_devices(x, bias, rows.owner, weight[0] if isinstance(weight, PackedWeight) else weight)
+    wide = _check_adapters(x, n, k, adapters, bias)
+    train = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad
+        for t in (x, bias, *(t for each in adapters for t in (each.a, each.b, each.magnitude)))
+    )
+    facts = _facts(train, bias, adapters, backend, on_grid)
     base = weight if norm_weight is None else norm_weight
     norms = [
         None if each.magnitude is None else dora_weight_norm(base, each.a, each.b, each.scale, backend=backend)
         for each in adapters
     ]
-    tensors = [
-        *(each.a.to(wide).contiguous() for each in adapters),
-        *(each.b.to(wide).contiguous() for each in adapters),
-        *(each.magnitude for each in adapters),
+    matrices = [each.a for each in adapters] + [each.b for each in adapters]
+    tensors: list[Tensor | None] = [
+        t if t.dtype is wide and t.is_contiguous() else t.to(wide).contiguous() for t in matrices
     ]
+    tensors += [each.magnitude for each in adapters]
     frozen = _Frozen(weight, norms, rows, as_seed(seed, x.device) if facts.flags & DROPOUT else None)
     x = x.contiguous()
     if train:

@@ -155,7 +155,8 @@ def _fake_grouped_backward(dy: Tensor, tail: Sequence[Any]) -> tuple[Tensor | No
 
 
 @op(f"grouped_fwd(Tensor x, Tensor w, {_GROUPED_FWD}")
-def _grouped_fwd(x: Tensor, w: Tensor, *tail: Any) -> Any:
+def grouped_fwd(x: Tensor, w: Tensor, *tail: Any) -> Any:
+    """Body of the op; arguments as its schema."""
     return _grouped_forward(x, w, DENSE, tail)
 
 
@@ -165,7 +166,8 @@ def _(x: Tensor, w: Tensor, *tail: Any) -> Any:
 
 
 @op(f"qgrouped_fwd(Tensor x, {_PACKED}, {_GROUPED_FWD}")
-def _qgrouped_fwd(x: Tensor, *args: Any) -> Any:
+def qgrouped_fwd(x: Tensor, *args: Any) -> Any:
+    """Body of the op; arguments as its schema."""
     tail = args[8:]
     weight = PackedWeight._make((*args[:7], (tail[2][0].shape[0], x.shape[1])))
     return _grouped_forward(x, weight, format_of(weight, args[7]), tail)
@@ -177,7 +179,8 @@ def _(x: Tensor, *args: Any) -> Any:
 
 
 @op(f"grouped_bwd(Tensor dy, Tensor? x, Tensor w, {_GROUPED_BWD}")
-def _grouped_bwd(dy: Tensor, x: Tensor | None, w: Tensor, *tail: Any) -> Any:
+def grouped_bwd(dy: Tensor, x: Tensor | None, w: Tensor, *tail: Any) -> Any:
+    """Body of the op; arguments as its schema."""
     return _grouped_backward(dy, x, w, DENSE, tail)
 
 
@@ -187,7 +190,8 @@ def _(dy: Tensor, x: Tensor | None, w: Tensor, *tail: Any) -> Any:
 
 
 @op(f"qgrouped_bwd(Tensor dy, Tensor? x, {_PACKED}, {_GROUPED_BWD}")
-def _qgrouped_bwd(dy: Tensor, x: Tensor | None, *args: Any) -> Any:
+def qgrouped_bwd(dy: Tensor, x: Tensor | None, *args: Any) -> Any:
+    """Body of the op; arguments as its schema."""
     tail = args[8:]
     weight = PackedWeight._make((*args[:7], (dy.shape[1], tail[0][0].shape[1])))
     return _grouped_backward(dy, x, weight, format_of(weight, args[7]), tail)

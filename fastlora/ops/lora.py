@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -17,9 +17,12 @@ from fastlora import settings
 from fastlora.config import DORA_DROPOUT, SEED_END
 from fastlora.errors import DtypeError, ShapeError, UnsupportedError
 from fastlora.math.nf4 import PackedWeight
+from fastlora.ops import schema
 from fastlora.ops.dora import dora_weight_norm
-from fastlora.ops.schema import flags_of
-from fastlora.problem import LAZY_H, NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN
+from fastlora.ops.schema import flags_of, format_of
+from fastlora.problem import DENSE, LAZY_H, NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN
+
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 
 
 class Call(NamedTuple):
@@ -33,6 +36,32 @@ class Call(NamedTuple):
     on_grid: bool
 
 
+def _watched() -> bool:
+    """Whether anything may stand between a call and an op's body: a compiler, a tracer, a mode, a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _direct(x: Tensor, weight: Tensor | PackedWeight, *tensors: Tensor | None) -> bool:
+    """Whether an op's body may be called without the dispatcher, which costs more than the rest of a small layer.
+
+    Only plain tensors with data, and nothing that would have seen the op.
+    """
+    first = weight[0] if isinstance(weight, PackedWeight) else weight
+    if type(x) not in _PLAIN or type(first) not in _PLAIN or x.is_meta or first.is_meta:
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return not _watched()
+
+
 def _forward_op(
     x: Tensor,
     weight: Tensor | PackedWeight,
@@ -44,10 +73,15 @@ def _forward_op(
     seed: Tensor | None,
     call: Call,
 ) -> Any:
-    tail = (bias, a, b, call.scale, mag, norm, seed, call.stream, call.p, call.flags, call.backend)
+    scale, stream, p, flags, backend, on_grid = call
+    tail = (bias, a, b, scale, mag, norm, seed, stream, p, flags, backend)
     if isinstance(weight, PackedWeight):
-        return torch.ops.fastlora.qlora_fwd(x, *weight[:7], call.on_grid, *tail)
-    return torch.ops.fastlora.lora_fwd(x, weight, *tail)
+        if _direct(x, weight, bias, a, b, mag, norm, seed):
+            return schema._forward(x, weight, format_of(weight, on_grid), tail)
+        return torch.ops.fastlora.qlora_fwd.default(x, *weight[:7], on_grid, *tail)
+    if _direct(x, weight, bias, a, b, mag, norm, seed):
+        return schema._forward(x, weight, DENSE, tail)
+    return torch.ops.fastlora.lora_fwd.default(x, weight, *tail)
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -74,9 +108,11 @@ class AdaptedLinear(torch.autograd.Function):
         """One op call; saves what its twin needs."""
         need_x, need_a, need_b, need_mag, need_bias = ctx.needs_input_grad[:5]
         y, h, mask, z = _forward_op(x, weight, bias, a, b, mag, norm, seed, call)
-        tensors = weight[:5] if isinstance(weight, PackedWeight) else (weight, None, None, None, None)
+        packed = isinstance(weight, PackedWeight)
+        tensors = weight[:5] if packed else (weight,)
+        scale, stream, p, flags, backend, on_grid = call
         ctx.save_for_backward(
-            x if need_a or (need_b and call.flags & LAZY_H) else None,
+            x if need_a or (need_b and flags & LAZY_H) else None,
             a,
             b,
             mag,
@@ -87,12 +123,10 @@ class AdaptedLinear(torch.autograd.Function):
             seed,
             *tensors,
         )
-        ctx.packing = weight[5:] if isinstance(weight, PackedWeight) else None
-        ctx.mag_dtype = None if mag is None else mag.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        keep = call.flags & ~(TRAIN | SAVE_MASK)
+        ctx.packing = weight[5:] if packed else None
+        ctx.dtypes = None if mag is None else mag.dtype, None if bias is None else bias.dtype
         needs = NEED_DX * need_x | NEED_DA * need_a | NEED_DB * need_b | NEED_DMAG * need_mag | NEED_DBIAS * need_bias
-        ctx.call = call._replace(flags=keep | needs)
+        ctx.call = Call(scale, stream, p, flags & ~(TRAIN | SAVE_MASK) | needs, backend, on_grid)
         return y
 
     @staticmethod
@@ -100,24 +134,35 @@ class AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         """dy[m,n] -> dx, da, db, dmag, dbias, each only if its input needs it."""
         x, a, b, mag, norm, h, mask, z, seed, *tensors = ctx.saved_tensors
-        call = ctx.call
-        tail = (a, b, call.scale, mag, norm, h, mask, z, seed, call.stream, call.p, call.flags, call.backend)
+        scale, stream, p, flags, backend, on_grid = ctx.call
+        tail = (a, b, scale, mag, norm, h, mask, z, seed, stream, p, flags, backend)
         dy = dy.contiguous()
+        direct = _direct(dy, tensors[0], x, a, b, mag, norm, h, mask, z, seed)
         if ctx.packing is None:
-            grads = torch.ops.fastlora.lora_bwd(dy, x, tensors[0], *tail)
+            if direct:
+                grads = schema._backward(dy, x, tensors[0], DENSE, tail)
+            else:
+                grads = torch.ops.fastlora.lora_bwd.default(dy, x, tensors[0], *tail)
+        elif direct:
+            weight = PackedWeight(*tensors, *ctx.packing)
+            grads = schema._backward(dy, x, weight, format_of(weight, on_grid), tail)
         else:
-            grads = torch.ops.fastlora.qlora_bwd(dy, x, *tensors, *ctx.packing[:2], call.on_grid, *tail)
+            grads = torch.ops.fastlora.qlora_bwd.default(dy, x, *tensors, *ctx.packing[:2], on_grid, *tail)
         dx, da, db, dmag, dbias = grads
+        mag_dtype, bias_dtype = ctx.dtypes
         if dmag is not None:
-            dmag = dmag.to(ctx.mag_dtype)
+            dmag = dmag.to(mag_dtype)
         if dbias is not None:
-            dbias = dbias.to(ctx.bias_dtype)
+            dbias = dbias.to(bias_dtype)
         return dx, da, db, dmag, dbias, None, None, None, None
 
 
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh dropout seed from torch's generator, int64 [1] on the device (no host sync)."""
-    return torch.ops.fastlora.draw_seed(torch.empty((1,), dtype=torch.int64, device=device))
+    like = torch.empty((1,), dtype=torch.int64, device=device)
+    if device.type != "meta" and not _watched():
+        return schema._draw_seed(like)
+    return torch.ops.fastlora.draw_seed(like)
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -130,7 +175,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return seed.reshape(1).to(device)
     if not 0 <= seed < SEED_END:
         raise ShapeError(f"seed must be in [0, 2**63 - 1), got {seed}")
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)  # no copy from the host: it may be captured
 
 
 def _check(x: Tensor, n: int, k: int, a: Tensor, b: Tensor, bias: Tensor | None, mag: Tensor | None, p: float) -> None:
@@ -197,7 +242,7 @@ def adapted_linear(
     if forward_ad._current_level >= 0:
         _refuse_tangents(x, a, b, bias, magnitude)
     a, b = a.contiguous(), b.contiguous()
-    x2d = x.reshape(-1, k).contiguous()
+    x2d = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
     dropout = dropout_p > 0.0
     seed_tensor = as_seed(seed, x.device) if dropout else None
     norm = None
