@@ -265,7 +265,7 @@ def tile_grouped_walk(target: Target, r: int, dtype: torch.dtype, *, dmag: bool)
     if target.kind == "cuda" and target.arch < 90:
         tile = tile._replace(BLOCK_M=32)
     if target.kind == "cuda" and rank_block(r) == 256 and dtype == torch.float32:
-        tile = tile._replace(BLOCK_N=32 if dmag else 64)
+        tile = tile._replace(BLOCK_N=32)
     return tile
 
 

@@ -46,7 +46,7 @@ WANT_DB = tl.constexpr(8)
 WANT_DMAG = tl.constexpr(16)
 
 MAG_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TABLES = 512  # kept tables, a few KiB each
+_TABLES = 8192  # kept tables of about a KiB: two or three for each layer and direction of a model
 
 
 class Members(NamedTuple):
