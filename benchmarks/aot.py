@@ -2,9 +2,10 @@
 
 Walks the grid of `aot_grid` (every plan and op, recorded on meta tensors), compiles each distinct specialisation with
 the installed Triton, and fails on a spill, on a 16-bit product without matrix instructions, on more shared memory
-than the target has, and on whatever does not compile. Figures are kept in build/aot/ under the hash of the sources,
-the specialisation and Triton's version; `--changed` also believes the committed benchmarks/results/aot.json, so that
-only what changed since is compiled. Python must not run under TRITON_INTERPRET.
+than the target has, on a kernel that is nothing but a trap, and on whatever does not compile. Figures are kept in
+build/aot/ under the hash of the sources, the specialisation and Triton's version; `--changed` also believes the
+committed benchmarks/results/aot.json, so that only what changed since is compiled. Python must not run under
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build/aot"
 RESULTS = ROOT / "benchmarks/results/aot.json"
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+_LEAST = 16  # instructions; Triton puts a trap in place of a kernel that runs out of Blackwell's tensor memory
 # What a compiler that cannot compile raises: Triton's own errors, a failed pass (RuntimeError), a failed assembler.
 _COMPILER_ERRORS = (
     CompilationError,
@@ -79,6 +81,8 @@ def faults(record: dict[str, Any]) -> list[str]:
         found.append(f"{record['spills']} spills")
     if record["half"] and not sum(record["matrix"].values()):
         found.append("16-bit product without matrix instructions")
+    if record["instructions"] < _LEAST:
+        found.append("nothing but a trap: more tensor memory than the target has")
     limit = TARGETS[record["target"]].shared_memory
     if record["shared"] > limit:
         found.append(f"{record['shared']} bytes of shared memory, the target has {limit}")

@@ -143,6 +143,7 @@ TRAINING = (8192, 4096, 4096)
 WIDE_IN = (8192, 4096, 14336)  # K > N: h is formed in the backward
 FEW = ((1, 4096, 4096), (16, 4096, 4096), (64, 4096, 4096))
 ODD = (1023, 1003, 999)  # nothing divides anything
+FEW_ODD = (50, 20001, 999)
 ONE = (1, 1, 1)  # every size becomes a constant
 RANKS = (16, 64, 256)
 
@@ -204,6 +205,15 @@ def core() -> Iterator[Problem]:
     for shape, r, flags in ((FEW[0], 16, 0), (FEW[1], 16, DORA), (FEW[2], 64, 0)):
         yield Problem("lora_fwd", *shape, r, BF16, FP32, NESTED, flags, "cuda")
     yield from _linear(ODD, 24, BF16, NESTED, DROPOUT | BIAS)
+    # What registers hold at once is most with fp32 (three tf32 terms), and where nothing is aligned.
+    for shape, r, dtype, fmt, flags in (
+        (TRAINING, 256, FP32, NESTED, 0),
+        (ODD, 24, FP32, PLAIN, BIAS),
+        (ODD, 24, BF16, DENSE, shared),
+    ):
+        yield from _linear(shape, r, dtype, fmt, flags)
+    for shape, dtype in ((FEW_ODD, BF16), (FEW[2], FP32)):
+        yield Problem("lora_fwd", *shape, 24, dtype, FP32, NESTED, DROPOUT | TRAIN | SAVE_MASK, "cuda")
     yield from _ops()
     yield from _mixes(full=False)
 

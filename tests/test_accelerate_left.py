@@ -154,6 +154,16 @@ def test_fields_peft_ignores_in_silence_are_named(quant, fields, name):
     assert len(fastlora.report(model).left) == 2
 
 
+def test_lora_ga_on_a_4bit_base_is_named():
+    """PEFT falls back to its default init there and says nothing."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="lora_ga")
+    model = peft.get_peft_model(llama(quant="nf4"), config)
+    text = 'PEFT ignores init_lora_weights="lora_ga" on a 4-bit base'
+    with pytest.warns(UserWarning, match=text):
+        fastlora.accelerate(model)
+    assert len(fastlora.report(model).left) == 2
+
+
 def variants():
     return {
         "ALoraLinear": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +182,17 @@ def test_a_resumed_sft_run_goes_on_as_if_uninterrupted(quant, tmp_path):
     want, got = tensors(whole.model), tensors(second.model)
     assert want.keys() == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_the_sft_example_runs():
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, str(root / "examples" / "sft_trainer.py"), "--steps", "10"]
+    environment = dict(os.environ, PYTHONPATH=str(root), HF_HUB_OFFLINE="1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "14 of 14 layers fused" in done.stdout
 
 
 def tokenizer() -> Any:

@@ -65,6 +65,7 @@ def test_the_gate_passes_what_is_good():
     [
         ({"spills": 3}, "3 spills"),
         ({"matrix": {}}, "16-bit product without matrix instructions"),
+        ({"instructions": 2}, "nothing but a trap: more tensor memory than the target has"),
         ({"shared": 232449}, "232449 bytes of shared memory, the target has 232448"),
         ({"target": "gfx942", "shared": 65537}, "65537 bytes of shared memory, the target has 65536"),
     ],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fastlora import backends
 from fastlora.dispatch import registry
 from fastlora.math import nf4, philox
+from fastlora.problem import DENSE, Problem
 from fastlora.testing import Case, Inputs, eager, guarded, judge, make_inputs, oracle, run
 
 backends.load()
@@ -109,6 +110,13 @@ def test_the_budget_rejects_tf32_and_small_mistakes():
         assert any(problem.startswith(name) for problem in judge(case, inputs, broken)), name
 
 
+def why(backend: str) -> str:
+    """Why a backend cannot run here, in its own words."""
+    problem = Problem("lora_fwd", 1, 1, 1, 1, torch.float32, torch.float32, DENSE, 0, "cpu")
+    kernels = [kernel for kernel in registry.kernels("lora_fwd") if kernel.backend == backend]
+    return f"{backend}: {'; '.join(registry.why_not(kernels[-1], problem))}"
+
+
 def test_masks_are_equal_across_backends():
     for m, k, p in ((1, 1, 0.5), (3, 13, 0.1), (40, 264, 0.9), (17, 100, 0.3)):
         seed = torch.tensor([2**40 + 12345], dtype=torch.int64)
@@ -124,7 +132,7 @@ def test_masks_are_equal_across_backends():
 def test_dropout_gradients_use_the_forward_mask(backend):
     """With w = 0 and a = b = identity, dx is the mask itself times its scale."""
     if backend not in able(Case(1, 1, 1, 1)):
-        pytest.skip(f"backend {backend} cannot run here: {registry.kernels('lora_fwd')}")
+        pytest.skip(why(backend))
     k, p = 24, 0.4
     x = torch.ones(50, k, requires_grad=True)
     eye = torch.eye(k)
@@ -142,7 +150,7 @@ def test_dropout_gradients_use_the_forward_mask(backend):
 def test_guard_bands_and_repeatability(backend, quant):
     case = Case(19, 37, 53, 5, quant=quant, bias=True, p=0.2, dora=True)
     if backend not in able(case):
-        pytest.skip(f"backend {backend} cannot run here")
+        pytest.skip(why(backend))
     inputs = make_inputs(case)
     first = run(case, inputs, backend)
     fenced = {

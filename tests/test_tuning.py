@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastlora import settings
-from fastlora.dispatch import tuning
+from fastlora.dispatch import registry, tuning
+from fastlora.dispatch.registry import Kernel, Limits
 from fastlora.dispatch.tuning import TuneKey, Tuner, bucket, source_hash
+from fastlora.errors import UnsupportedError
+from fastlora.functional import lora_linear
+from fastlora.problem import BIAS, DENSE, Format, Problem
 
 KEY = TuneKey("5c2a", "3.9.0", "NVIDIA H200", "lora_fwd bf16 nf4/64", (8192, 4096, 4096, 16))
 
@@ -218,3 +224,142 @@ def test_the_source_hash_sees_every_file(tmp_path):
     (tmp_path / "deep" / "b.py").rename(tmp_path / "deep" / "c.py")
     assert source_hash(tmp_path) not in (before, changed)
     assert source_hash(tmp_path / "a.py") == source_hash(tmp_path / "a.py") != source_hash(tmp_path)
+
+
+# --- the registry's choice --------------------------------------------------------------------------------------------
+
+PROBLEM = Problem("lora_fwd", 64, 32, 48, 8, torch.float32, torch.float32, DENSE, BIAS, "cpu")
+
+
+@pytest.fixture
+def scratch(monkeypatch, path):
+    """A registry and a cache of its own."""
+    monkeypatch.setattr(registry, "_kernels", {})
+    monkeypatch.setattr(registry, "_selected", {})
+    monkeypatch.setattr(tuning, "tuner", Tuner(path))
+    monkeypatch.setattr(tuning, "_ROUND", 0.0)
+
+
+def kernel(backend: str, predicted: float, takes: float, *, fails: Exception | None = None) -> list:
+    """Registers a kernel that sleeps; returns the list of the arguments it was run with."""
+    runs: list = []
+
+    def run(problem, *args):
+        runs.append(args)
+        if fails is not None:
+            raise fails
+        time.sleep(takes)
+
+    registry.register(Kernel("lora_fwd", backend, run, Limits(), lambda problem: predicted))
+    return runs
+
+
+@pytest.mark.usefixtures("scratch", "tuning_on")
+def test_select_measures_once_and_remembers_across_processes(monkeypatch, path):
+    predicted, faster = kernel("predicted", 1.0, 0.02), kernel("faster", 1.5, 0.0)
+    for _ in range(3):
+        assert registry.select(PROBLEM, "", (1, "two")).backend == "faster"
+    measured = len(predicted), len(faster)
+    assert measured == (7, 7) and set(predicted + faster) == {(1, "two")}
+    assert registry.select(PROBLEM._replace(m=60), "", ()).backend == "faster"  # the same power of two
+    monkeypatch.setattr(registry, "_selected", {})
+    monkeypatch.setattr(tuning, "tuner", Tuner(path))
+    assert registry.select(PROBLEM, "", ()).backend == "faster"
+    assert (len(predicted), len(faster)) == measured
+    registry.select(PROBLEM._replace(m=65), "", ())
+    assert len(faster) > measured[1]
+
+
+@pytest.mark.usefixtures("scratch")
+def test_select_predicts_where_tuning_is_off(path):
+    predicted, faster = kernel("predicted", 1.0, 0.02), kernel("faster", 1.5, 0.0)
+    assert registry.select(PROBLEM, "", ()).backend == "predicted"
+    assert not predicted and not faster and not path.exists()
+
+
+@pytest.mark.usefixtures("scratch", "tuning_on")
+def test_nothing_is_measured_without_arguments_or_inside_a_capture(monkeypatch):
+    predicted, faster = kernel("predicted", 1.0, 0.02), kernel("faster", 1.5, 0.0)
+    assert registry.select(PROBLEM).backend == "predicted"
+    monkeypatch.setattr(registry, "capturing", lambda kind: True)
+    assert registry.select(PROBLEM, "", ()).backend == "predicted"
+    monkeypatch.undo()
+    assert not predicted and not faster
+
+
+@pytest.mark.usefixtures("scratch", "tuning_on")
+def test_a_prediction_is_not_kept_where_a_measurement_may_follow():
+    kernel("predicted", 1.0, 0.02)
+    kernel("faster", 1.5, 0.0)
+    assert registry.select(PROBLEM).backend == "predicted"
+    assert registry.select(PROBLEM, "", ()).backend == "faster"
+
+
+@pytest.mark.usefixtures("scratch", "tuning_on")
+def test_a_forced_backend_is_measured_among_its_own_plans_only():
+    outside = kernel("faster", 1.0, 0.0)
+    inside = kernel("forced", 1.0, 0.0)
+    assert registry.select(PROBLEM, "forced", ()).backend == "forced"
+    assert not outside and not inside  # one candidate: nothing to measure
+
+
+@pytest.mark.usefixtures("scratch", "tuning_on")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), UnsupportedError("too large"), MemoryError()])
+def test_a_kernel_without_room_is_not_chosen(error):
+    kernel("predicted", 1.0, 0.0, fails=error)
+    kernel("slower", 1.5, 0.001)
+    assert registry.select(PROBLEM, "", ()).backend == "slower"
+
+
+@pytest.mark.usefixtures("scratch", "tuning_on")
+def test_where_nothing_has_room_the_prediction_stands_and_is_not_written(path):
+    kernel("predicted", 1.0, 0.0, fails=MemoryError())
+    kernel("other", 1.5, 0.0, fails=MemoryError())
+    assert registry.select(PROBLEM, "", ()).backend == "predicted"
+    assert not path.exists()
+
+
+@pytest.mark.usefixtures("scratch", "tuning_on")
+def test_a_mistake_in_a_kernel_is_raised():
+    kernel("predicted", 1.0, 0.0, fails=AssertionError("wrong"))
+    kernel("other", 1.5, 0.0)
+    with pytest.raises(AssertionError, match="wrong"):
+        registry.select(PROBLEM, "", ())
+
+
+@pytest.mark.usefixtures("scratch", "tuning_on")
+def test_a_hopeless_kernel_is_not_measured():
+    kernel("predicted", 1.0, 0.001)
+    hopeless = kernel("hopeless", 4.1, 0.0)
+    kernel("near", 3.9, 0.0)
+    assert registry.select(PROBLEM, "", ()).backend == "near"
+    assert not hopeless
+
+
+@pytest.mark.usefixtures("tuning_on")
+def test_the_ops_tune_on_their_own_arguments(monkeypatch, path):
+    monkeypatch.setattr(registry, "_selected", {})
+    monkeypatch.setattr(registry, "_HOPELESS", float("inf"))  # whatever is predicted on this machine
+    monkeypatch.setattr(tuning, "tuner", Tuner(path))
+    monkeypatch.setattr(tuning, "_ROUND", 0.0)
+    x, w, a, b = torch.randn(5, 48), torch.randn(32, 48), torch.randn(4, 48), torch.randn(32, 4)
+    a.requires_grad_()
+    y = lora_linear(x, w, a, b, 2.0)
+    y.sum().backward()
+    written = json.loads(path.read_text())["choices"]
+    for op in ("lora_fwd", "lora_bwd"):
+        (entry,) = [entry for name, entry in written.items() if f"|{op} float32 float32 dense" in name]
+        assert "reference:torch" in entry["seconds"] and entry["choice"] in entry["seconds"]
+    torch.testing.assert_close(y, x @ w.T + 2 * (x @ a.T) @ b.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a.grad, 2 * (torch.ones(5, 32) @ b).T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_key_tells_problems_apart():
+    key = tuning.key_of(PROBLEM)
+    assert key.shape == (64, 32, 48, 8) and key == tuning.key_of(PROBLEM._replace(m=33))
+    others = [{"op": "lora_bwd"}, {"n": 33}, {"k": 49}, {"r": 9}, {"m": 65}, {"dtype": torch.bfloat16}, {"flags": 0}]
+    others += [{"adapter_dtype": torch.bfloat16}, {"format": Format("nf4", 64)}]
+    found = {str(tuning.key_of(PROBLEM._replace(**other))) for other in others} | {str(key)}
+    assert len(found) == len(others) + 1
+    with settings.override(cpu_tier="scalar"):
+        assert tuning.key_of(PROBLEM) != key

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from fastlora import settings
-from fastlora.dispatch import cost
+from fastlora.dispatch import cost, tuning
+from fastlora.dispatch.tuning import capturing
 from fastlora.errors import UnsupportedError
 from fastlora.problem import FLAG_NAMES, Problem
 
@@ -70,6 +71,7 @@ class Kernel:
 _kernels: dict[str, list[Kernel]] = {}
 _selected: dict[tuple[Problem, str, settings.Settings], Kernel] = {}
 _CACHE_SIZE = 4096
+_HOPELESS = 4.0  # times the best prediction: not worth measuring
 
 
 def register(kernel: Kernel) -> Kernel:
@@ -119,13 +121,15 @@ def why_not(kernel: Kernel, problem: Problem) -> list[str]:
     return reasons
 
 
-def select(problem: Problem, forced: str = "") -> Kernel:
+def select(problem: Problem, forced: str = "", args: tuple[Any, ...] | None = None) -> Kernel:
     """The cheapest able kernel, or the forced backend's cheapest.
 
     Args:
         problem: what to run.
         forced: a backend's name, or "" for free choice (then the `backend` setting applies). "backend:plan" also
             forces the plan, in ops where the backend has a plan of that name.
+        args: the arguments `Kernel.run` will get. Where the setting `tune` is on, able kernels are then measured on
+            them, once for a problem; without them, or while a graph is captured, the prediction decides.
 
     Raises:
         UnsupportedError: nothing, or not the forced backend, can run it; lists the reasons per backend.
@@ -135,11 +139,34 @@ def select(problem: Problem, forced: str = "") -> Kernel:
     if found is None:
         if len(_selected) >= _CACHE_SIZE:
             _selected.clear()
-        found = _selected[key] = _choose(problem, forced or settings.current.backend)
+        able = _able(problem, forced or settings.current.backend)
+        found = min(able, key=lambda kernel: kernel.seconds(problem))
+        if settings.current.tune and len(able) > 1:
+            if args is None or capturing(problem.device):
+                return found
+            found = _measured(problem, able, found, args)
+        _selected[key] = found
     return found
 
 
-def _choose(problem: Problem, forced: str) -> Kernel:
+def _measured(problem: Problem, able: list[Kernel], predicted: Kernel, args: tuple[Any, ...]) -> Kernel:
+    """The fastest of the kernels whose prediction is not hopeless, measured now or remembered from an earlier run."""
+    limit = _HOPELESS * predicted.seconds(problem)
+    names = {f"{each.backend}:{each.plan}": each for each in able if each.seconds(problem) <= limit}
+    key = tuning.key_of(problem)
+    default = f"{predicted.backend}:{predicted.plan}"
+    return names[
+        tuning.tuner.choose(
+            key,
+            list(names),
+            lambda name: tuning.seconds_of(lambda: names[name].run(problem, *args), problem.device),
+            default=default,
+        )
+    ]
+
+
+def _able(problem: Problem, forced: str) -> list[Kernel]:
+    """The kernels that can run a problem, at least one; UnsupportedError with every reason where there is none."""
     forced, _, plan = forced.partition(":")
     reasons: dict[str, list[str]] = {}
     able: list[Kernel] = []
@@ -153,7 +180,7 @@ def _choose(problem: Problem, forced: str) -> Kernel:
         else:
             able.append(kernel)
     if able:
-        return min(able, key=lambda kernel: kernel.seconds(problem))
+        return able
     if forced and forced not in backends():
         raise UnsupportedError(f"unknown backend {forced!r} for {problem}; known: {', '.join(backends())}")
     if forced and not reasons:

@@ -9,19 +9,29 @@ replaced atomically, and a broken one costs a warning and is written anew.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
+import statistics
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fastlora import settings
+from fastlora.errors import UnsupportedError
+from fastlora.problem import Problem
 
 _SCHEMA = 1
+_ROUNDS = 5  # the median of so many is a candidate's time
+_ROUND = 1e-3  # seconds a round lasts at least
 
 
 class TuneKey(NamedTuple):
@@ -56,6 +66,67 @@ def source_hash(*paths: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
+def _code() -> str:
+    """Hash of all that a candidate's time depends on in this package."""
+    package = Path(__file__).resolve().parent.parent
+    return source_hash(package / "backends", *sorted((package / "_lib").glob("*.so")))
+
+
+@functools.cache
+def _compiler() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _device(kind: str) -> str:
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    tier = settings.current.cpu_tier or torch.backends.cpu.get_cpu_capability()
+    return f"{kind} {tier} x{torch.get_num_threads()}"
+
+
+def key_of(problem: Problem) -> TuneKey:
+    """What a measurement of the kernels of a problem is valid for."""
+    op, m, n, k, r, dtype, adapter_dtype, fmt, flags, device = problem
+    what = f"{op} {dtype} {adapter_dtype} {fmt} {flags}".replace("torch.", "")
+    return TuneKey(_code(), _compiler(), _device(device), what, bucket(m, n, k, r))
+
+
+def capturing(kind: str) -> bool:
+    """Whether the current stream records a graph: then nothing may be measured."""
+    return kind == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def seconds_of(run: Callable[[], object], kind: str) -> float:
+    """Median seconds of a call on a device kind, after one that may compile; inf where it cannot run.
+
+    Memory that does not suffice and kernels that do not fit the device are such failures; anything else is raised.
+    """
+    wait = torch.cuda.synchronize if kind == "cuda" else _nothing
+
+    def spent(count: int) -> float:
+        wait()
+        begin = time.perf_counter()
+        for _ in range(count):
+            run()
+        wait()
+        return (time.perf_counter() - begin) / count
+
+    try:
+        run()
+        count = max(1, int(_ROUND / max(spent(1), 1e-6)))
+        return statistics.median(spent(count) for _ in range(_ROUNDS))
+    except (torch.OutOfMemoryError, MemoryError, UnsupportedError):
+        return float("inf")
+
+
+def _nothing() -> None:
+    """A CPU's call has ended when it returns."""
+
+
 def default_path() -> Path:
     """The `tune_cache` setting, or fastlora/tuning.json in the user's cache folder (~/.cache)."""
     if settings.current.tune_cache:
@@ -73,7 +144,7 @@ class Tuner:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._known: dict[str, str] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a measured kernel may choose another
         self._warned = False
 
     @property

@@ -33,6 +33,7 @@ da nor (where h is None) db is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ from torch import Tensor
 from fastlora import backends
 from fastlora.config import SEED_END
 from fastlora.dispatch import registry
+from fastlora.errors import ShapeError
 from fastlora.math.nf4 import PackedWeight
 from fastlora.problem import (
     BIAS,
@@ -105,11 +107,16 @@ def format_of(weight: PackedWeight, on_grid: bool) -> Format:
 def _run(problem: Problem, backend: str, *args: Any) -> Any:
     """Choose and call; autocast must not touch what happens inside an op."""
     backends.load()
-    kernel = registry.select(problem, backend)
     if torch.is_autocast_enabled(problem.device):
         with torch.amp.autocast(problem.device, enabled=False):
-            return kernel.run(problem, *args)
-    return kernel.run(problem, *args)
+            return registry.select(problem, backend, args).run(problem, *args)
+    return registry.select(problem, backend, args).run(problem, *args)
+
+
+def _check_scale(scale: float) -> None:
+    """Here, where it is a real number, not where a compiler might trace it."""
+    if not math.isfinite(scale):
+        raise ShapeError(f"scale must be finite, got {scale}")
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -215,6 +222,7 @@ def _(seed: Tensor, stream: int, rows: int, cols: int, p: float, backend: str) -
 
 def _norm(weight: Tensor | PackedWeight, fmt: Format, a: Tensor, b: Tensor, scale: float, backend: str) -> Tensor:
     dtype = weight.dtype if isinstance(weight, Tensor) else a.dtype
+    _check_scale(scale)
     problem = Problem("dora_norm", 0, b.shape[0], a.shape[1], a.shape[0], dtype, a.dtype, fmt, DORA, a.device.type)
     return _run(problem, backend, weight, a, b, scale)
 
@@ -250,6 +258,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     bias, a, b, scale, mag, norm, seed, stream, p, flags, backend = tail
     (m, k), (n, r) = x.shape, b.shape
+    _check_scale(scale)
     problem = Problem("lora_fwd", m, n, k, r, x.dtype, a.dtype, fmt, flags, x.device.type)
     return _run(problem, backend, x, weight, bias, a, b, scale, mag, norm, seed, stream, p)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastlora.backends.triton import compose, expand, grad_a, project, shrink
 from fastlora.backends.triton import dense as dense_kernels
+from fastlora.backends.triton import weight as weights
 from fastlora.backends.triton.dropout import dropout_mask
 from fastlora.backends.triton.forward import Weight, decoded, own_drop, splits
 from fastlora.backends.triton.launch import on_device
@@ -241,6 +242,8 @@ def run(
     p: float,
 ) -> Outputs:
     """The op `lora_bwd` by one plan."""
+    if isinstance(weight, PackedWeight):
+        weights.check(weight)
     if not problem.m:
         return _zeros(problem, dy, a, b)
     dora = problem.flags & DORA

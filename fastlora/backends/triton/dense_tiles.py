@@ -20,18 +20,19 @@ _HALF = {
         (Tile(128, 256, 64, 8, 3), 1.0),
         (Tile(128, 128, 64, 8, 4), 0.8),
         (Tile(64, 128, 64, 4, 4), 0.6),
-        (Tile(64, 64, 64, 4, 4), 0.4),
+        (Tile(64, 64, 64, 4, 3), 0.4),
     ),
-    "gfx942": ((Tile(128, 128, 64, 8, 2), 1.0), (Tile(64, 128, 64, 4, 2), 0.8), (Tile(64, 64, 64, 4, 2), 0.5)),
+    "gfx942": ((Tile(128, 128, 32, 8, 2), 1.0), (Tile(64, 128, 64, 4, 2), 0.8), (Tile(64, 64, 64, 4, 2), 0.5)),
 }
 _SINGLE = {
     "sm_80": ((Tile(64, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 4, 3), 0.8)),
     "sm_89": ((Tile(64, 128, 32, 8, 2), 1.0), (Tile(64, 64, 32, 4, 2), 0.8)),
     "sm_90": ((Tile(128, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 4, 3), 0.7)),
-    "sm_100": ((Tile(128, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 4, 3), 0.7)),
+    "sm_100": ((Tile(128, 64, 32, 8, 2), 1.0), (Tile(64, 64, 32, 4, 3), 0.8)),  # three products in tensor memory
     "gfx942": ((Tile(128, 128, 32, 4, 2), 1.0), (Tile(64, 64, 32, 4, 2), 0.7)),
 }
-_UNALIGNED = Tile(128, 128, 32, 8, 3)  # rows that no asynchronous copy can read: registers hold the tiles in flight
+# Rows that no asynchronous copy can read: registers hold the tiles in flight, fewer beside much else.
+_UNALIGNED, _UNALIGNED_HEAVY = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
 _INTERPRETED = Tile(16, 32, 32, 1, 1)
 
 
@@ -55,7 +56,7 @@ def tile_linear(at: Target, m: int, columns: int, dtype: torch.dtype, tma: bool,
         return _INTERPRETED
     table = _SINGLE if dtype == torch.float32 else _HALF
     if at.kind == "cuda" and at.arch >= 90 and not tma:
-        return _UNALIGNED
+        return _UNALIGNED_HEAVY if heavy or dtype == torch.float32 else _UNALIGNED
 
     def seconds(item: tuple[Tile, float]) -> float:
         tile, speed = item

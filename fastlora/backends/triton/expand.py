@@ -103,11 +103,14 @@ def tile_expand(target: Target, m: int, r: int, dtype: torch.dtype) -> Tile:
     if target.kind == "interpreter":
         return Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, num_warps=4, num_stages=1)
     rank = rank_block(r)
-    block_k = min(rank, 32 if dtype != torch.bfloat16 or target.kind == "hip" else 64)
+    old = target.kind == "cuda" and target.arch < 90  # products keep their operands in registers
+    block_k = min(rank, 32 if dtype != torch.bfloat16 or target.kind == "hip" or old else 64)
     if m <= 32:
         return Tile(BLOCK_M=16 if m <= 16 else 32, BLOCK_N=128, BLOCK_K=block_k, num_warps=4, num_stages=2)
     if rank <= 32:
         return Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=block_k, num_warps=4, num_stages=2)
+    if old and dtype == torch.float32:  # three tf32 terms of each operand
+        return Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=16, num_warps=8, num_stages=2)
     return Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=block_k, num_warps=8, num_stages=2)
 
 

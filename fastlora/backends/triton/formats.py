@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlora.backends.triton import dropout, norm
 from fastlora.backends.triton import quantize as quantize_kernels
 from fastlora.backends.triton.launch import on_device
+from fastlora.backends.triton.weight import check
 from fastlora.math.nf4 import PackedWeight
 from fastlora.problem import Problem
 
@@ -20,6 +21,7 @@ def quantize(problem: Problem, w: Tensor, quant_type: str, blocksize: int) -> tu
 
 def dequantize(problem: Problem, weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The dense weight, rounded once to `dtype`; into `out` where given. Bits of math.nf4."""
+    check(weight)
     with on_device(weight.packed):
         if out is not None and not out.is_contiguous():
             return out.copy_(quantize_kernels.dequantize(weight, dtype))
@@ -34,5 +36,7 @@ def dropout_mask(problem: Problem, seed: Tensor, stream: int, p: float) -> Tenso
 
 def dora_norm(problem: Problem, weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """|w + s b a| of each row, fp32 [n]."""
+    if isinstance(weight, PackedWeight):
+        check(weight)
     with on_device(a):
         return norm.dora_norm(weight, a, b, scale)

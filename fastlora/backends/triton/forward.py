@@ -20,6 +20,7 @@ from fastlora.backends.triton import compose, expand, shrink
 from fastlora.backends.triton import dense as dense_kernels
 from fastlora.backends.triton import fused as fused_kernels
 from fastlora.backends.triton import skinny as skinny_kernels
+from fastlora.backends.triton import weight as weights
 from fastlora.backends.triton.dropout import dropout_mask
 from fastlora.backends.triton.launch import PRECISE_RANK, on_device
 from fastlora.backends.triton.merge import merge as merged_weight
@@ -248,6 +249,8 @@ def run(
     p: float,
 ) -> Outputs:
     """The op `lora_fwd` by one plan."""
+    if isinstance(weight, PackedWeight):
+        weights.check(weight)
     dora = problem.flags & DORA
     call = Call(
         problem,

@@ -25,14 +25,18 @@ from fastlora.backends.triton.skinny import block_product, load_words, segment, 
 from fastlora.math.nf4 import PackedWeight
 
 
-def tile_fused(at: Target, m: int, n: int, rank: int, dtype: torch.dtype) -> Tile:
+def tile_fused(at: Target, m: int, n: int, rank: int, dtype: torch.dtype, aligned: bool = True) -> Tile:
     """Rows of x, rows of w and columns of one step; rank counts the columns of h's accumulator."""
     if at.kind == "interpreter":
         return Tile(16, 32, 64, 1, 1)
     old, large = at.kind == "cuda" and at.arch < 90, rank > 64
-    rows = 16 if m <= 16 or rank > 128 else 32 if m <= 32 or large or old else 64
-    wide = cdiv(n, 128) >= at.sms and dtype != torch.float32 and at.kind == "cuda" and not large and not old
+    if dtype == torch.float32 and at.kind == "cuda":  # three tf32 terms of each operand
+        return Tile(16, 32 if old and rank > 128 else 64, 32, 8, 2)
+    rows = 16 if m <= 16 or rank > 128 else 32 if m <= 32 or large or old or not aligned else 64
     stages = 2 if dtype == torch.float32 or at.kind == "hip" else 3
+    if not aligned:  # an address and a scale for each element
+        return Tile(rows, 64, 32, 8, 2)
+    wide = cdiv(n, 128) >= at.sms and at.kind == "cuda" and not large and not old
     return Tile(rows, 128 if wide else 64, 32 if rank > 128 else 64, 8 if large else 4, stages)
 
 
@@ -96,7 +100,7 @@ def fused_kernel(
     SPAN: tl.constexpr = BLOCKSIZE if ALIGNED and BLOCKSIZE < BLOCK_K else BLOCK_K
     SEGMENTS: tl.constexpr = BLOCK_K // SPAN
     for step in range(tl.cdiv(k, BLOCK_K)):
-        start = step * BLOCK_K
+        start = row * 0 + step * BLOCK_K  # a tensor, also where k is one step and `step` a constant
         if ALIGNED:
             scales = step_scales(
                 absmax_ptr,
@@ -144,7 +148,7 @@ def fused_kernel(
                     table_ptr,
                     map_ptr,
                     row,
-                    tl.to_tensor(start),
+                    start,
                     n,
                     k,
                     BLOCK_N,
@@ -231,8 +235,8 @@ def fused(
     wide = weights.wide(x, weight, y, a, b) if wide is None else wide
     splits = 3 if a.dtype == torch.float32 and dtype != torch.float32 and r <= PRECISE_RANK else 1
     rank, parts = shrinking.rank_block(r), shrinking.term_count(at, dtype, splits)
-    tile = tile_fused(at, m, n, rank * parts, dtype)
     arguments, words = weights.weight_args(weight), words_for(at, weight, dtype)
+    tile = tile_fused(at, m, n, rank * parts, dtype, arguments.constexprs["ALIGNED"])
     launch(
         fused_kernel,
         (cdiv(n, tile.BLOCK_N), cdiv(m, tile.BLOCK_M)),

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
+
+from fastlora.errors import UnsupportedError
 
 # Up to this rank an fp32 adapter beside 16-bit data keeps fp32 accuracy: several 16-bit terms stand for each of its
 # elements, which costs nothing beside the passes over x and dy. Above it, one rounding, as under autocast.
@@ -131,6 +134,9 @@ def launch(
 
     `fp_fusion=False` keeps a product and a sum from being contracted, where bits are promised. The grid's first
     dimension may exceed 65535, the others may not.
+
+    Raises:
+        UnsupportedError: the kernel needs more shared memory or registers than the device has.
     """
     if 0 in grid:
         return
@@ -141,7 +147,10 @@ def launch(
         if not all(recorder.run for recorder in _recorders):
             return
     run: Callable[..., Any] = kernel[grid]
-    run(*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion, **constexprs)
+    try:
+        run(*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion, **constexprs)
+    except OutOfResources as error:
+        raise UnsupportedError(f"{kernel.__name__} does not fit this device: {error}") from error
 
 
 def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

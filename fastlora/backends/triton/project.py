@@ -159,11 +159,14 @@ def tile_walk(target: Target, r: int, dtype: torch.dtype, *, left: bool, element
         return Tile(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1)
     rank, size = rank_block(r), dtype.itemsize
     block_n = 256 if left and rank == 16 and dtype == torch.bfloat16 and not elementwise else 128
-    block_m = 64 if rank <= 64 and size == 2 and elementwise < 2 else 32
+    old = target.kind == "cuda" and target.arch < 90
+    block_m = 64 if rank <= 64 and size == 2 and elementwise < (1 if old else 2) else 32
     if target.kind == "hip":
         block_m = 32
-    if rank == 256 and (target.kind == "hip" or target.arch < 90):
+    if rank == 256 and (target.kind == "hip" or old):
         block_n = 64  # the slab is in registers there
+    if rank == 256 and size == 4 and target.kind == "cuda":  # and three tf32 terms of each operand; or tensor memory
+        block_m, block_n = (32, 32) if target.arch >= 100 else (16, 64)
     tensors = 2 if elementwise else 1
     per_stage = block_m * (block_n * size * tensors + rank * 4)
     fixed = block_m * (block_n * size + 3 * rank * 2) + (block_n * rank * 6 if left else 0)

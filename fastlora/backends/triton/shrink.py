@@ -361,7 +361,11 @@ def tile_rows(target: Target, m: int, r: int, dtype: torch.dtype) -> Tile:
         target.kind == "cuda" and ((target.arch < 90 and rank > 64) or (target.arch >= 100 and rank > 32))
     ):
         block_m = min(block_m, 64)  # taller tiles spill (3.9.0)
-    warps = 8 if block_m >= 64 else 4
+    if rank == 256 and size == 4 and target.kind == "cuda":
+        block_m = min(block_m, 32)  # three tf32 terms of each operand
+    if block_m == 16 and target.kind == "cuda" and dtype != torch.bfloat16:
+        block_k = block_k // 2 if rank <= 64 else block_k  # v's terms are most of what a program of few rows holds
+    warps = 8 if block_m >= 64 or (rank == 256 and size == 4) else 4
     per_stage = block_k * (block_m * size + rank * 4)
     fixed = block_k * (block_m * size + 3 * rank * 2)
     return Tile(BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages(target, per_stage, fixed))

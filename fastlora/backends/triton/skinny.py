@@ -14,8 +14,6 @@ nibbles as they are, and bit 3 chooses between the two (`decode_pairs`). Elsewhe
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -25,20 +23,21 @@ from fastlora.backends.triton import weight as weights
 from fastlora.backends.triton.dense import DTYPES, column_factor, load_block, low_rank, precision, ranks, two_terms
 from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
 from fastlora.backends.triton.primitives import block_scales, cast, decode_tile, dot, lookup, offsets
-from fastlora.math import nf4
 from fastlora.math.nf4 import PackedWeight
 
 PROGRAMS = 4  # programs a multiprocessor should get, so that one decodes while others wait for memory
 FINISH = 128  # columns a program of the finishing kernel writes
 
 
-def tile_skinny(at: Target, m: int, dtype: torch.dtype) -> Tile:
+def tile_skinny(at: Target, m: int, dtype: torch.dtype, aligned: bool = True) -> Tile:
     """Rows of x, rows of w and columns of one step."""
     if at.kind == "interpreter":
         return Tile(16, 32, 64, 1, 1)
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
+    if not aligned:  # an address and a scale for each element
+        return Tile(min(rows, 16 if dtype == torch.float32 else 32), 64, 32, 8, 2)
     if dtype == torch.float32:
-        return Tile(rows, 64, 64, 4, 2)
+        return Tile(min(rows, 32) if at.kind == "cuda" and at.arch < 90 else rows, 64, 64, 4, 2)
     if at.kind == "hip":
         return Tile(rows, 64, 128, 4, 2)
     return Tile(rows, 128 if rows < 64 else 64, 256 if rows < 64 else 128, 4, 3)
@@ -55,15 +54,18 @@ def splits_of(at: Target, n: int, k: int, tile: Tile) -> int:
 # --- decoding four bytes at once --------------------------------------------------------------------------------------
 
 
-@functools.cache
 def code_words(quant_type: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The table in 16 bits as `decode_pairs` takes it: int32 [8, 32].
 
     The high bytes of codes 0..15 in four words, then the low bytes, a copy for each lane.
     """
-    bits = nf4.table(quant_type).to(dtype).view(torch.uint8).view(16, 2)  # little-endian
-    words = bits.T.flip(0).contiguous().view(torch.int32).reshape(8, 1)
-    return words.expand(8, 32).contiguous().to(device)
+
+    def make() -> Tensor:
+        bits = weights.table(quant_type, device).to(dtype).view(torch.uint8).view(16, 2)  # little-endian
+        words = bits.T.flip(0).contiguous().view(torch.int32).reshape(8, 1)
+        return words.expand(8, 32).contiguous()
+
+    return weights.made_once((quant_type, dtype), device, make)
 
 
 def _decode_asm() -> str:
@@ -390,10 +392,10 @@ def finish_kernel(
 def _partial(x: Tensor, weight: PackedWeight, at: Target, wide: bool) -> Tensor:
     """fp32 planes [splits, m, n] that sum to x wᵀ."""
     (m, k), n, dtype = x.shape, weight.shape[0], x.dtype
-    tile = tile_skinny(at, m, dtype)
+    arguments, words = weights.weight_args(weight), words_for(at, weight, dtype)
+    tile = tile_skinny(at, m, dtype, arguments.constexprs["ALIGNED"])
     splits = splits_of(at, n, k, tile)
     planes = torch.empty((splits, m, n), dtype=torch.float32, device=x.device)
-    arguments, words = weights.weight_args(weight), words_for(at, weight, dtype)
     launch(
         skinny_kernel,
         (cdiv(n, tile.BLOCK_N), splits, cdiv(m, tile.BLOCK_M)),
