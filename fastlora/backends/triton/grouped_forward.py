@@ -61,7 +61,7 @@ def cut_rows(tile: Tile, target: Target, m: int, groups: int) -> Tile:
         return tile
     least = 32 if target.kind == "hip" else 16
     rows = min(tile.BLOCK_M, max(least, next_power_of_2(cdiv(m, groups))))
-    return tile._replace(BLOCK_M=rows, num_warps=tile.num_warps if rows >= 64 else min(4, tile.num_warps))
+    return tile._replace(BLOCK_M=rows, num_warps=4 if rows < min(64, tile.BLOCK_M) else tile.num_warps)
 
 
 def tiles(m: int, groups: int, block_m: int, *, rest: bool) -> int:
@@ -192,8 +192,8 @@ def tile_grouped_rows(target: Target, m: int, n: int, r: int, groups: int, dtype
     tile = cut_rows(tile_rows(target, m, r, dtype), target, m, groups)
     if target.kind == "interpreter":
         return tile
-    if rank_block(r) == 256 and dtype == torch.float32:  # taller tiles spill beside DoRA's factor (3.9.0)
-        tile = tile._replace(BLOCK_M=min(32, tile.BLOCK_M), BLOCK_K=16, num_warps=8)
+    if rank_block(r) == 256 and dtype == torch.float32 and target.kind == "cuda":
+        tile = tile._replace(BLOCK_K=16)  # DoRA's factor beside three tf32 terms
     return tile._replace(BLOCK_K=min(tile.BLOCK_K, max(16, next_power_of_2(n))))
 
 
