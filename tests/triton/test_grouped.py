@@ -66,78 +66,6 @@ def judged(case: testing.ManyCase, many: testing.Many, backend: str) -> list[str
     return testing.judge_many(case, many, testing.run_many(case, many, backend), autocast=rounded)
 
 
-# --- the ops against the oracle ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("mix", "dtype", "adapter", "quant"),
-    [
-        ("every", "bf16", "fp32", ""),
-        ("every", "bf16", "bf16", "nf4"),
-        ("every", "fp16", "fp32", "nf4"),
-        ("every", "fp32", "fp32", ""),
-        ("lora", "bf16", "fp32", "nf4"),
-        ("lora", "fp16", "fp16", ""),
-        ("lora", "fp32", "fp32", "nf4"),
-        ("dropped", "bf16", "fp32", ""),
-        ("dropped", "fp16", "fp32", ""),
-        ("dropped", "fp32", "fp32", ""),
-    ],
-)
-def test_within_budget(mix, dtype, adapter, quant, ours):
-    case = case_of(mix, dtype=DTYPES[dtype], adapter_dtype=DTYPES[adapter], quant=quant, blocksize=32, nested=True)
-    many = testing.make_many(case)
-    assert judged(case, many, "reference") == []
-
-
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 33, 64), (17, 3, 8)])
-def test_small_sizes(m, n, k, ours):
-    base = Case(m=m, n=n, k=k, r=1, bias=True, dtype=torch.bfloat16)
-    case = many_case(base, EVERY, owners(6, m))
-    many = testing.make_many(case)
-    assert judged(case, many, "reference") == []
-
-
-def test_no_rows(ours):
-    case = many_case(Case(m=0, n=5, k=7, r=1, bias=True), EVERY, ())
-    many = testing.make_many(case)
-    out = testing.run_many(case, many, "reference")
-    assert out.y.shape == (0, 5) and out.dx.shape == (0, 7)
-    assert not any(t.any() for own in out.adapters for t in own if t is not None)
-    assert [None if t is None else t.shape for t in out.adapters[2]] == [(64, 7), (5, 64), (5,)]
-
-
-def test_all_by_this_backend():
-    """Masks, base and norms too, dispatched by name."""
-    case = case_of("every", m=20, dtype=torch.bfloat16, quant="nf4", blocksize=32)
-    many = testing.make_many(case)
-    assert judged(case, many, "triton") == []
-
-
-@pytest.mark.parametrize("mix", ["lora", "every"])
-def test_permuting_rows_permutes_outputs(mix, ours):
-    """Within what the base's rows depend on their place."""
-    case = case_of(mix, m=30)
-    many = testing.make_many(case)
-    out = testing.run_many(case, many, "reference")
-    if mix == "every":  # the mask is drawn by the row's number
-        case = dataclasses.replace(case, adapters=tuple(dataclasses.replace(own, p=0.0) for own in case.adapters))
-        many = testing.make_many(case)
-        out = testing.run_many(case, many, "reference")
-    mixed = torch.randperm(30, generator=torch.Generator().manual_seed(3))
-    moved = dataclasses.replace(case, owner=tuple(case.owner[i] for i in mixed))
-    whole = many.whole._replace(x=many.whole.x[mixed], dy=many.whole.dy[mixed])
-    again = testing.run_many(moved, many._replace(whole=whole), "reference")
-    near = {"rtol": 0, "atol": 5e-5}
-    torch.testing.assert_close(again.y, out.y[mixed], **near)
-    torch.testing.assert_close(again.dx, out.dx[mixed], **near)
-    for mine, theirs in zip(again.adapters, out.adapters, strict=True):
-        for one, other in zip(mine, theirs, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
 # --- one call of the kernels, every tensor between guard bands --------------------------------------------------------
 
 
@@ -248,7 +176,7 @@ def test_a_kind_that_does_not_drop_ignores_the_mask():
 
 
 def test_only_what_is_asked_for(monkeypatch):
-    call = Call(m=30)
+    call = Call()
     whole = call.bwd(grouped.grouped_bwd)
     wanted = [NEED_DA, NEED_DB, NEED_DB | NEED_DMAG, 0, NEED_DMAG, NEED_DA]
     bits = (NEED_DA, NEED_DB, NEED_DMAG)
@@ -267,7 +195,7 @@ def test_only_what_is_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("mag", [torch.bfloat16, torch.float16])
 def test_magnitudes_of_several_dtypes(mag):
-    call = Call(m=30, ranks=[4] * 6, mag=[torch.float32, mag, torch.float32, mag, mag, torch.float32])
+    call = Call(ranks=[4] * 6, mag=[torch.float32, mag, torch.float32, mag, mag, torch.float32])
     for got, want in zip(call.fwd(grouped.grouped_fwd), call.fwd(reference.grouped_fwd), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -287,6 +215,74 @@ def test_nan_stays_in_its_row_and_its_adapter():
     call.mask[int((call.owner == 1).nonzero()[0])] = 0  # all dropped
     call.x[int((call.owner == 1).nonzero()[0])] = float("nan")
     assert call.fwd(grouped.grouped_fwd)[0][call.owner == 1].isfinite().all()
+
+
+# --- the ops against the oracle ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mix", "dtype", "adapter", "quant"),
+    [
+        ("every", "bf16", "fp32", ""),
+        ("every", "bf16", "bf16", "nf4"),
+        ("every", "fp16", "fp32", "nf4"),
+        ("every", "fp32", "fp32", ""),
+        ("lora", "bf16", "fp32", "nf4"),
+        ("lora", "fp16", "fp16", ""),
+        ("dropped", "bf16", "fp32", ""),
+        ("dropped", "fp16", "fp32", ""),
+    ],
+)
+def test_within_budget(mix, dtype, adapter, quant, ours):
+    case = case_of(mix, dtype=DTYPES[dtype], adapter_dtype=DTYPES[adapter], quant=quant, blocksize=32, nested=True)
+    many = testing.make_many(case)
+    assert judged(case, many, "reference") == []
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 33, 64), (17, 3, 8)])
+def test_small_sizes(m, n, k, ours):
+    base = Case(m=m, n=n, k=k, r=1, bias=True, dtype=torch.bfloat16)
+    case = many_case(base, EVERY, owners(6, m))
+    many = testing.make_many(case)
+    assert judged(case, many, "reference") == []
+
+
+def test_no_rows(ours):
+    case = many_case(Case(m=0, n=5, k=7, r=1, bias=True), EVERY, ())
+    many = testing.make_many(case)
+    out = testing.run_many(case, many, "reference")
+    assert out.y.shape == (0, 5) and out.dx.shape == (0, 7)
+    assert not any(t.any() for own in out.adapters for t in own if t is not None)
+    assert [None if t is None else t.shape for t in out.adapters[2]] == [(64, 7), (5, 64), (5,)]
+
+
+def test_all_by_this_backend():
+    """Masks, base and norms too, dispatched by name."""
+    case = case_of("every", m=12, dtype=torch.bfloat16, quant="nf4", blocksize=32)
+    many = testing.make_many(case)
+    assert judged(case, many, "triton") == []
+
+
+@pytest.mark.parametrize("mix", ["lora", "every"])
+def test_permuting_rows_permutes_outputs(mix, ours):
+    """Within what the base's rows depend on their place."""
+    case = case_of(mix, m=30)
+    # A mask is drawn by the row's number.
+    case = dataclasses.replace(case, adapters=tuple(dataclasses.replace(own, p=0.0) for own in case.adapters))
+    many = testing.make_many(case)
+    out = testing.run_many(case, many, "reference")
+    mixed = torch.randperm(30, generator=torch.Generator().manual_seed(3))
+    moved = dataclasses.replace(case, owner=tuple(case.owner[i] for i in mixed))
+    whole = many.whole._replace(x=many.whole.x[mixed], dy=many.whole.dy[mixed])
+    again = testing.run_many(moved, many._replace(whole=whole), "reference")
+    near = {"rtol": 0, "atol": 5e-5}
+    torch.testing.assert_close(again.y, out.y[mixed], **near)
+    torch.testing.assert_close(again.dx, out.dx[mixed], **near)
+    for mine, theirs in zip(again.adapters, out.adapters, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

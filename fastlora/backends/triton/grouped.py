@@ -1,7 +1,8 @@
 """The ops of a batch that mixes adapters, as the registry calls them; equations in `ops.schema`.
 
-Own launches: the mask 1; forward 2, backward at most 4, each one more where few rows or few adapters are split over
-planes. The gradients leave the common buffer by one fused copy of the library.
+Own launches: the mask 1; forward 2; backward 4, and 1 to sum planes where few adapters' rows are split over several.
+Where rows are too few to fill the device, h and g are split over columns: 1 more each. DoRA's norms are gathered by one
+copy of the library, and the gradients leave their common buffer by another.
 """
 
 from __future__ import annotations
