@@ -136,7 +136,7 @@ build/neon/%.o: csrc/%.cpp $(CPU_PARTS)
 	@mkdir -p $(@D)
 	$(NEON_CXX) -O3 @csrc/cpu/flags.txt -fopenmp -c $< -o $@
 
-build/neon/tests/tiers.o build/asan/tests/tiers.o: csrc/tests/support.h
+build/neon/tests/tiers.o build/asan/tests/tiers.o: csrc/tests/support.h csrc/tests/grouped.h
 
 build/neon/tiers: $(call objects_in,build/neon) build/neon/tests/tiers.o
 	$(NEON_CXX) -fopenmp $^ -o $@

@@ -7,8 +7,9 @@ One linear layer, 16 adapters of rank 16, 16 rows. In eval: every row its own ad
 forward and backward with the gradients of x and of all adapters; PEFT refuses `adapter_names` in training mode, so its
 layer is asked directly, in eval mode with gradients on. Everybody holds the same weight bytes and the same adapters.
 
-Parity comes first: without the same outputs (and gradients) nobody gets a time. Contenders take turns, the order
-rotates, and a ratio is the median of the rounds' ratios: above 1 fastlora is faster, below 1 slower.
+Parity comes first: without the same outputs (and gradients) there is no ratio. Contenders take turns, the order
+rotates, and a ratio is the median of the rounds' ratios: above 1 fastlora is faster, below 1 slower. The frozen base
+bounds the ratio of whole times; "added" compares what the adapters add to it, PEFT's over ours.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ SCHEMA = 1
 RANK = 16
 OURS, ONE, PEFT, BASE = "fastlora", "fastlora, one adapter", "peft", "frozen base"
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# |ours - peft| / |peft|: two orders of summing, each in its dtype. bitsandbytes' CPU kernel for 4-bit weights rounds x
-# to bf16 whatever is asked for, so that its fp32 is no better than bf16; ours is fp32.
-BUDGET = {("dense", "fp32"): 2e-5, ("dense", "bf16"): 2e-2, ("nf4", "fp32"): 2e-2, ("nf4", "bf16"): 2e-2}
+# |ours - peft| / |peft|: two orders of summing, each in its dtype. On a CPU with AVX512_BF16 bitsandbytes rounds x to
+# bf16 whatever is asked for: its fp32 rows fail, keep their time and get no ratio.
+BUDGET = {"fp32": 2e-5, "bf16": 2e-2}
 WARM_ROUNDS, LEAST_ROUNDS = 2, 5
 GOALS = {PEFT: 4.0, ONE: 1 / 1.15}  # in eval
 
@@ -243,10 +244,9 @@ def setting(size: int, base: str, compute: str, options: Options) -> list[dict[s
         why = reason
         if PEFT in steps:
             try:
-                found = parity(steps[OURS](x, dy), steps[PEFT](x, dy), BUDGET[base, compute])
+                found = parity(steps[OURS](x, dy), steps[PEFT](x, dy), BUDGET[compute])
             except RuntimeError as error:  # what it cannot do is a result too
                 why = f"PEFT raises: {str(error).splitlines()[0]}"
-            if not (found and found["ok"]):
                 del steps[PEFT]
         times = take_turns(steps, x, dy, options)
         about = {"base": base, "size": size, "compute": compute}
@@ -294,7 +294,8 @@ def table(report: dict[str, Any]) -> str:
         verdict += "" if found is None or found["ok"] else " FAILED"
         missed = [name for name, met in (row["goals_met"] or {}).items() if met is False]
         note = f"  goal missed against: {'; '.join(missed)}" if missed else ""
-        note += "  SLOWER than PEFT" if over is not None and over < 1 else ""
+        slower = times.get(PEFT, times[OURS]) < times[OURS]
+        note += "  SLOWER than PEFT" if slower else ""
         ratio = f"{over:9.2f}" if over else f"{'-':>9}"
         more = row["added_by_peft_over_added_by_fastlora"]
         added = f"{more:5.1f}" if more else f"{'-':>5}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import testing
+from fastlora import settings, testing
 from fastlora.errors import DtypeError, ShapeError
 from fastlora.math import philox, reference
 from fastlora.math.segments import dropout_bits, segments
@@ -215,6 +215,15 @@ def test_nothing_is_read_back_to_the_host():
         torch.ones(3).nonzero()
         assert torch.ones(1).item() == 1
     assert watch.reads == ["nonzero", "_local_scalar_dense"]
+
+
+def test_tuning_does_not_add_twice(tmp_path):
+    """Measured candidates run on the arguments at hand; the grouped kernels change theirs."""
+    case = batch("dora-dropout")
+    many = testing.make_many(case)
+    with settings.override(tune=True, tune_cache=str(tmp_path / "tuned.json")):
+        out = testing.run_many(case, many)
+    assert testing.judge_many(case, many, out) == []
 
 
 def test_bad_input():

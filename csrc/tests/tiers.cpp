@@ -6,6 +6,7 @@
 // Codes, dequantized values and masks must be those of the scalar tier and of a plain definition, bit for bit; products
 // must stay within rounding of the same equations in fp64. Each operand ends where memory ends (a page without access;
 // under AddressSanitizer, its own red zones), and results must not depend on the number of threads.
+#include "grouped.h"
 #include "support.h"
 
 extern "C" {
@@ -477,6 +478,7 @@ int main(int count, char** names) {
         check_edges(tier);
         check_masks(tier);
         check_layers(tier);
+        check_grouped(tier);
         printf("%s: %lld checks, %lld failed\n", TIER_NAMES[tier], (long long)(checks - before),
                (long long)(failures - failed));
         fflush(stdout);

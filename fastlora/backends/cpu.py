@@ -327,13 +327,16 @@ def _members(group: Group, keep: list[Tensor], outputs: Sequence[tuple[int, int,
     pack, none = _cpu_library.pack_member, (0, 0, 0)
     for e, (a, b, scale, kind) in enumerate(zip(group.a, group.b, group.scales, group.kinds, strict=True)):
         out = none if outputs is None else outputs[e]
+        places = a.data_ptr(), b.data_ptr()
+        if (places[0] | places[1]) % 4:
+            places = _aligned(a, keep), _aligned(b, keep)
         if not kind & (DORA | DROPOUT):
-            records.append(pack(a.data_ptr(), b.data_ptr(), 0, 0, scale, 1.0, b.shape[1], 0, 0, 0, 0, *out))
+            records.append(pack(*places, 0, 0, scale, 1.0, b.shape[1], 0, 0, 0, 0, *out))
             continue
         mag, norm = (_f32(group.mag[e]), _f32(group.norm[e])) if kind & DORA else (None, None)
         keep += [t for t in (mag, norm) if t is not None]
         drops, p = bool(kind & DROPOUT), group.ps[e]
-        operands = (a.data_ptr(), b.data_ptr(), _address(mag), _address(norm))
+        operands = (*places, _address(mag), _address(norm))
         dropping = (philox.threshold(p), group.streams[e], 1, base_drops(kind)) if drops else (0, 0, 0, 0)
         factors = (scale, philox.keep_scale(p) if drops else 1.0)
         records.append(pack(*operands, *factors, b.shape[1], *dropping, *out))
@@ -379,7 +382,7 @@ def grouped_fwd(
     if problem.m:
         keep: list[Tensor] = []
         bias32 = _f32(bias)
-        addresses = {"x": x.data_ptr(), "y": y.data_ptr(), "bias": _address(bias32), "h": _address(h)}
+        addresses = {"x": _aligned(x, keep), "y": y.data_ptr(), "bias": _address(bias32), "h": _address(h)}
         addresses |= {"mask": _address(mask), "z": _address(z)}
         _grouped_call("grouped_fwd", problem, segments, dropped, _members(group, keep), **addresses)
     return h, z
@@ -407,7 +410,7 @@ def grouped_bwd(
         grads += [t for t in (da, db, dmag) if t is not None]
         outputs.append((_address(da), _address(db), _address(dmag)))
     keep: list[Tensor] = []
-    addresses = {"x": _address(x), "dy": dy.data_ptr(), "h": _address(h), "mask": _address(mask)}
+    addresses = {"x": _aligned(x, keep), "dy": _aligned(dy, keep), "h": _address(h), "mask": _address(mask)}
     addresses |= {"z": _address(z), "dx": _address(dx)}
     _grouped_call("grouped_bwd", problem, segments, dropped_dx, _members(group, keep, outputs), **addresses)
     return grads

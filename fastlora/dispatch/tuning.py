@@ -90,7 +90,7 @@ def _device(kind: str) -> str:
 
 def key_of(problem: Problem) -> TuneKey:
     """What a measurement of the kernels of a problem is valid for."""
-    op, m, n, k, r, dtype, adapter_dtype, fmt, flags, device = problem
+    op, m, n, k, r, dtype, adapter_dtype, fmt, flags, device, _ = problem
     what = f"{op} {dtype} {adapter_dtype} {fmt} {flags}".replace("torch.", "")
     return TuneKey(_code(), _compiler(), _device(device), what, bucket(m, n, k, r))
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastlora import settings
 from fastlora.config import DORA_DROPOUT
@@ -18,7 +17,7 @@ from fastlora.math.nf4 import PackedWeight
 from fastlora.math.segments import Segments
 from fastlora.ops import grouped_schema
 from fastlora.ops.dora import dora_weight_norm
-from fastlora.ops.lora import _check, _check_devices, _refuse_tangents, as_seed
+from fastlora.ops.lora import _check, _check_devices, _direct, _refuse_tangents, as_seed
 from fastlora.problem import (
     BIAS,
     DORA,
@@ -81,23 +80,13 @@ def _split(tensors: Sequence[Tensor | None], groups: int) -> tuple[Any, Any, Any
     return list(tensors[:groups]), list(tensors[groups : 2 * groups]), list(tensors[2 * groups :])
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether an op's body may be called without the dispatcher, which takes longer over lists than the body does."""
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and _get_current_dispatch_mode() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
 def _forward_op(
     x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], frozen: _Frozen, facts: _Facts
 ) -> Any:
     a, b, mag = _split(tensors, len(facts.kinds))
     group = (a, b, mag, frozen.norms, facts.scales, facts.ps, facts.streams, facts.kinds)
     tail = (bias, *group, *frozen.rows, frozen.seed, facts.flags, facts.backend)
-    plain = _plain(x)
+    plain = _direct(x, frozen.weight, bias, frozen.seed, *tensors)
     if isinstance(frozen.weight, PackedWeight):
         run = grouped_schema.qgrouped_fwd if plain else torch.ops.fastlora.qgrouped_fwd
         return run(x, *frozen.weight[:7], facts.on_grid, *tail)
@@ -157,7 +146,7 @@ class MixedLinear(torch.autograd.Function):
         group = (a, b, mag, norms, facts.scales, facts.ps, facts.streams, facts.kinds)
         tail = (*group, owner, order, offsets, h, mask, z, seed, facts.flags, facts.backend)
         dy = dy.contiguous()
-        plain = _plain(dy)
+        plain = _direct(dy, weight[0], x, *tensors)
         if ctx.packing is None:
             run = grouped_schema.grouped_bwd if plain else torch.ops.fastlora.grouped_bwd
             dx, dbias, grads = run(dy, x, weight[0], *tail)

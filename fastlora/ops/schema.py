@@ -107,10 +107,11 @@ def format_of(weight: PackedWeight, on_grid: bool) -> Format:
 def _run(problem: Problem, backend: str, *args: Any) -> Any:
     """Choose and call; autocast must not touch what happens inside an op."""
     backends.load()
+    trial = None if problem.groups else args  # a grouped kernel adds in place: measuring it would add again
     if torch.is_autocast_enabled(problem.device):
         with torch.amp.autocast(problem.device, enabled=False):
-            return registry.select(problem, backend, args).run(problem, *args)
-    return registry.select(problem, backend, args).run(problem, *args)
+            return registry.select(problem, backend, trial).run(problem, *args)
+    return registry.select(problem, backend, trial).run(problem, *args)
 
 
 def _check_scale(scale: float) -> None:

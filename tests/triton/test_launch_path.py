@@ -65,7 +65,7 @@ def weight_of(problem: Problem) -> torch.Tensor | PackedWeight:
 
 def arguments(problem: Problem) -> tuple[Any, ...]:
     """What `Kernel.run` takes, on the meta device: a value that is read there raises."""
-    _, m, n, k, r, dtype, adapter, _, flags, _ = problem
+    _, m, n, k, r, dtype, adapter, _, flags, *_ = problem
     a, b = meta(r, k, dtype=adapter), meta(n, r, dtype=adapter)
     mag, norm = (meta(n), meta(n)) if flags & DORA else (None, None)
     seed = (meta(1, dtype=torch.int64), 1, 0.1) if flags & DROPOUT else (None, 1, 0.0)

@@ -261,12 +261,16 @@ def _grouped_walk_kernel(
 def tile_grouped_walk(target: Target, r: int, dtype: torch.dtype, *, dmag: bool) -> Tile:
     """BLOCK_N columns a program, BLOCK_M rows at a time."""
     tile = tile_walk(target, r, dtype, left=False, elementwise=int(dmag))
-    # Rows are gathered: their addresses stand in registers beside the slab (smaller by 3.6.0's and 3.9.0's spills).
-    if target.kind == "cuda" and target.arch < 90:
-        tile = tile._replace(BLOCK_M=32)
-    if target.kind == "cuda" and rank_block(r) == 256 and dtype == torch.float32:
-        tile = tile._replace(BLOCK_N=32)
-    return tile
+    if target.kind != "cuda":
+        return tile
+    # Rows are gathered: their addresses stand in registers beside the slab (what 3.6.0 and 3.9.0 do not spill).
+    rank, old = rank_block(r), target.arch < 90
+    most = tile.BLOCK_N
+    if dtype == torch.float32 and rank > 16:
+        most = 32 if rank == 256 or (old and rank == 128) else 64
+    elif old and rank == 128:
+        most = 64
+    return tile._replace(BLOCK_M=min(32, tile.BLOCK_M) if old else tile.BLOCK_M, BLOCK_N=min(most, tile.BLOCK_N))
 
 
 def planes_grouped(target: Target, m: int, n: int, groups: int, tile: Tile) -> int:

@@ -192,8 +192,11 @@ def tile_grouped_rows(target: Target, m: int, n: int, r: int, groups: int, dtype
     tile = cut_rows(tile_rows(target, m, r, dtype), target, m, groups)
     if target.kind == "interpreter":
         return tile
-    if rank_block(r) == 256 and dtype == torch.float32 and target.kind == "cuda":
-        tile = tile._replace(BLOCK_K=16)  # DoRA's factor beside three tf32 terms
+    rank = rank_block(r)
+    if target.kind == "cuda" and dtype == torch.float32:  # DoRA's factor beside three tf32 terms
+        tile = tile._replace(BLOCK_K=min(tile.BLOCK_K, 16 if rank == 256 else 32))
+    if target.kind == "cuda" and dtype == torch.float16 and rank >= 128:
+        tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, 64))
     return tile._replace(BLOCK_K=min(tile.BLOCK_K, max(16, next_power_of_2(n))))
 
 
