@@ -176,7 +176,8 @@ def _mixes(full: bool) -> Iterator[Problem]:
     """Several adapters: every target some ranks and options, the first target more."""
     own_drop = DORA | DROPOUT
     yield from _mixed(TRAINING, 16, 4, BF16)
-    yield from _mixed(TRAINING, 48, 4, BF16, own_drop | BIAS)
+    for r in (48, 96):
+        yield from _mixed(TRAINING, r, 4, BF16, own_drop | BIAS)
     yield from _mixed(TRAINING, 256, 4, BF16, DROPOUT)
     yield from _mixed(TRAINING, 16, 4, FP32)
     yield Problem("grouped_fwd", *FEW[1], 64, BF16, FP32, DENSE, 0, "cuda", 8)

@@ -269,7 +269,7 @@ def tile_grouped_walk(target: Target, r: int, dtype: torch.dtype, *, dmag: bool)
     if dtype == torch.float32 and rank > 16:
         most = 32 if rank == 256 or (old and rank == 128) else 64
     elif old and rank == 128:
-        most = 64
+        most, tile = 64, tile._replace(BLOCK_M=16, num_stages=2)
     return tile._replace(BLOCK_M=min(32, tile.BLOCK_M) if old else tile.BLOCK_M, BLOCK_N=min(most, tile.BLOCK_N))
 
 
