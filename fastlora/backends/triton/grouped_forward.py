@@ -195,7 +195,7 @@ def tile_grouped_rows(target: Target, m: int, n: int, r: int, groups: int, dtype
     rank = rank_block(r)
     if target.kind == "cuda" and dtype == torch.float32:  # DoRA's factor beside three tf32 terms
         tile = tile._replace(BLOCK_K=min(tile.BLOCK_K, 16 if rank == 256 else 32))
-    if target.kind == "cuda" and dtype == torch.float16 and rank >= 128:
+    if target.kind == "cuda" and rank >= 128:
         tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, 64))
     return tile._replace(BLOCK_K=min(tile.BLOCK_K, max(16, next_power_of_2(n))))
 
