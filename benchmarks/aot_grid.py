@@ -19,6 +19,7 @@ from fastlora.backends.triton.launch import TARGETS, Launch, record
 from fastlora.dispatch import registry
 from fastlora.dispatch.registry import Kernel
 from fastlora.math.nf4 import NESTED_BLOCKSIZE, PackedWeight
+from fastlora.math.segments import Group, Segments
 from fastlora.problem import (
     BIAS,
     DENSE,
@@ -35,6 +36,7 @@ from fastlora.problem import (
     TRAIN,
     Format,
     Problem,
+    base_drops,
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -68,6 +70,8 @@ def packed(fmt: Format, n: int, k: int) -> PackedWeight:
 
 def arguments(problem: Problem) -> tuple[Any, ...]:
     """Meta tensors for `Kernel.run(problem, *arguments)`, see ops/schema.py."""
+    if problem.groups:
+        return grouped_arguments(problem)
     op, m, n, k, r, dtype, adapter_dtype, fmt, flags, *_ = problem
     weight = meta(n, k, dtype=dtype) if fmt.kind == "dense" else packed(fmt, n, k)
     a, b = meta(r, k, dtype=adapter_dtype), meta(n, r, dtype=adapter_dtype)
@@ -90,6 +94,44 @@ def arguments(problem: Problem) -> tuple[Any, ...]:
     mask = meta(m, -(-k // 8), dtype=torch.uint8) if flags & SAVE_MASK else None
     z = meta(m, n, dtype=dtype) if dora else None
     return (meta(m, n, dtype=dtype), meta(m, k, dtype=dtype), weight, a, b, 2.0, mag, norm, h, mask, z, *dropout)
+
+
+def grouped_arguments(problem: Problem) -> tuple[Any, ...]:
+    """The same for the grouped ops; ranks differ unless r is a power of two, DoRA's semantics where it drops."""
+    op, m, n, k, r, dtype, adapter_dtype, _, flags, _, groups = problem
+    ranks = [r if r & (r - 1) == 0 else max(1, r >> e % 3) for e in range(groups)]
+    rows = Segments(*(meta(size, dtype=torch.int64) for size in (m, m, groups + 1)))
+    dora, drop = bool(flags & DORA), bool(flags & DROPOUT)
+    group = Group(
+        [meta(rank, k, dtype=adapter_dtype) for rank in ranks],
+        [meta(n, rank, dtype=adapter_dtype) for rank in ranks],
+        [meta(n) if dora else None for _ in ranks],
+        [meta(n) if dora else None for _ in ranks],
+        [2.0] * groups,
+        [_P * drop] * groups,
+        list(range(groups)),
+        [flags] * groups,
+    )
+    mask = meta(m, -(-k // 8), dtype=torch.uint8) if drop else None
+    x, y = meta(m, k, dtype=dtype), meta(m, n, dtype=dtype)
+    if op == "grouped_mask":
+        return rows, group, meta(1, dtype=torch.int64)
+    own_drop = base_drops(flags)
+    if op == "grouped_fwd":
+        bias = meta(n, dtype=dtype) if flags & BIAS else None
+        return x, y, bias, group, rows, mask, meta(m, n, dtype=dtype) if own_drop else None
+    dropped = meta(m, k, dtype=dtype) if own_drop else None
+    return (
+        y,
+        x,
+        group,
+        rows,
+        meta(m, r),
+        mask,
+        meta(m, n, dtype=dtype) if dora else None,
+        meta(m, k, dtype=dtype),
+        dropped,
+    )
 
 
 FULL = "sm_90"  # the target that is compiled for the whole grid
@@ -115,6 +157,37 @@ def _linear(
     back = flags & ~BIAS | _GRADIENTS | (NEED_DMAG if flags & DORA else 0) | (NEED_DBIAS if flags & BIAS else 0)
     yield Problem("lora_fwd", m, n, k, r, dtype, adapter, fmt, flags | TRAIN, "cuda")
     yield Problem("lora_bwd", m, n, k, r, dtype, adapter, fmt, back, "cuda")
+
+
+def _mixed(
+    shape: tuple[int, int, int], r: int, groups: int, dtype: torch.dtype, flags: int = 0, adapter: torch.dtype = FP32
+) -> Iterator[Problem]:
+    """Forward, backward and mask of a batch that mixes adapters."""
+    m, n, k = shape
+    rest = (m, n, k, r, dtype, adapter, DENSE)
+    yield Problem("grouped_fwd", *rest, flags | TRAIN, "cuda", groups)
+    back = flags & ~BIAS | _GRADIENTS | (NEED_DMAG if flags & DORA else 0)
+    yield Problem("grouped_bwd", *rest, back, "cuda", groups)
+    if flags & DROPOUT:
+        yield Problem("grouped_mask", *rest, flags, "cuda", groups)
+
+
+def _mixes(full: bool) -> Iterator[Problem]:
+    """Several adapters: every target some ranks and options, the first target more."""
+    own_drop = DORA | DROPOUT
+    yield from _mixed(TRAINING, 16, 4, BF16)
+    for r in (48, 96):
+        yield from _mixed(TRAINING, r, 4, BF16, own_drop | BIAS)
+    yield from _mixed(TRAINING, 256, 4, BF16, DROPOUT)
+    yield from _mixed(TRAINING, 16, 4, FP32)
+    yield Problem("grouped_fwd", *FEW[1], 64, BF16, FP32, DENSE, 0, "cuda", 8)
+    if not full:
+        return
+    for r, dtype, flags in ((64, BF16, DROPOUT), (24, BF16, DORA), (16, FP16, own_drop), (256, FP32, DORA)):
+        yield from _mixed(TRAINING, r, 4, dtype, flags)
+    yield from _mixed(TRAINING, 24, 64, BF16, DROPOUT, BF16)
+    yield from _mixed(ODD, 24, 3, BF16, own_drop | BIAS)
+    yield from _mixed(ONE, 1, 1, BF16, own_drop)
 
 
 def core() -> Iterator[Problem]:
@@ -143,6 +216,7 @@ def core() -> Iterator[Problem]:
     for shape, dtype in ((FEW_ODD, BF16), (FEW[2], FP32)):
         yield Problem("lora_fwd", *shape, 24, dtype, FP32, NESTED, DROPOUT | TRAIN | SAVE_MASK, "cuda")
     yield from _ops()
+    yield from _mixes(full=False)
 
 
 def rest() -> Iterator[Problem]:
@@ -179,6 +253,7 @@ def rest() -> Iterator[Problem]:
     for fmt in (NESTED, DENSE):
         yield from _linear(ONE, 1, BF16, fmt, shared | BIAS)
     yield from _more_ops()
+    yield from _mixes(full=True)
 
 
 def _ops() -> Iterator[Problem]:

@@ -264,6 +264,61 @@ _WEIGHT = _mutants(
     ("k % weight.blocksize == 0 and packed", "k % 2 == 0 and packed"),
 )
 
+_GROUPED = [
+    *_mutants(
+        "grouped_members.py",
+        ("test_grouped.py",),
+        ("(begin // BLOCK_M + lane <= tile)", "(begin // BLOCK_M + lane < tile)"),
+        ("begin // BLOCK_M + lane <= tile", "begin // BLOCK_M <= tile"),
+        ("end = tl.where(e < groups,", "end = tl.where(e <= groups,"),
+        ("    live = position < end\n", "    live = position <= end\n"),
+        ("(groups8 < tl.where(drops, bytes_per_row, 0))", "(groups8 < bytes_per_row)"),
+        (
+            "    return tl.where(cols < width, tl.div_rn(mag, norm), 1.0), norm\n",
+            "    return tl.div_rn(mag, norm), norm\n",
+        ),
+        ("mask=cols < tl.where(kind == 2, width, 0)", "mask=cols < tl.where(kind == 3, width, 0)"),
+        ("number(table_ptr, e, NORM) * n + cols", "number(table_ptr, e, NORM) + cols"),
+        ("none[THRESHOLD.value] = philox.LANES", "none[THRESHOLD.value] = 0"),
+    ),
+    *_mutants(
+        "grouped_forward.py",
+        ("test_grouped.py",),
+        ("tl.where((ranks < r)[None, :], fold(acc, TERMS)", "tl.where((ranks < R)[None, :], fold(acc, TERMS)"),
+        ("mask=live[:, None] & (ranks < width)[None, :]", "mask=live[:, None] & (ranks < r)[None, :]"),
+        ("bytes8 = begin // 8 + tl.arange(0, BLOCK_K // 8)", "bytes8 = tl.arange(0, BLOCK_K // 8)"),
+        ("FACTOR=(DSCALE if down else SCALE).value", "FACTOR=SCALE.value"),
+        ("    delta *= fraction(table_ptr, e, SCALE)\n", "    delta *= fraction(table_ptr, e, DSCALE)\n"),
+        ("z = tl.where(drops, dropped * fraction(table_ptr, e, DSCALE), z)", "z = tl.where(drops, dropped, z)"),
+        ("out + (c - 1.0)[None, :] * z", "out + c[None, :] * z"),
+        ("cast(tl.where(is_dora, z, 0.0), dtype)", "cast(z, dtype)"),
+        ("    return m // block_m + groups + rest\n", "    return m // block_m + groups\n"),
+        (
+            "load_gathered(h_ptr, rows, live, width, ranks, r, WIDE)",
+            "load_gathered(h_ptr, rows, live, r, ranks, r, WIDE)",
+        ),
+    ),
+    *_mutants(
+        "grouped_backward.py",
+        ("test_grouped.py",),
+        ("(kind & DROPS) != 0, WIDE)", "(kind & BASE_DROPS) != 0, WIDE)"),
+        ("    delta *= fraction(table_ptr, e, DSCALE)\n", "    delta *= fraction(table_ptr, e, SCALE)\n"),
+        ("(cols < tl.where(drops, k, 0))[None, :]", "(cols < k)[None, :]"),
+        ("stop = tl.minimum(end, first + (plane + 1) * share)", "stop = end"),
+        ("number(table_ptr, e, FIRST) * n", "number(table_ptr, e, FIRST)"),
+        ("        stored = tl.where(wanted, r, 0)\n", "        stored = r\n"),
+        ("            right = right * c[:, None]\n", "            right = right * 1.0\n"),
+        ("plane.to(tl.int64) * total +", "plane.to(tl.int64) * n +"),
+    ),
+    *_mutants(
+        "grouped.py",
+        ("test_grouped.py",),
+        ("    finish(da, db, dmag)\n", "    finish(da, db)\n"),
+        ("dmag.out[held.doras.index(e)]", "dmag.out[0]"),
+        ("keep_z = train and bool(problem.flags & DORA)", "keep_z = train"),
+    ),
+]
+
 _PLANS = [
     *_mutants(
         "forward.py",
@@ -300,5 +355,6 @@ MUTANTS: list[Mutant] = [
     *_SKINNY,
     *_FUSED,
     *_WEIGHT,
+    *_GROUPED,
     *_PLANS,
 ]

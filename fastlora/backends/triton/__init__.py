@@ -69,6 +69,13 @@ def _format_op(name: str) -> Callable[..., Any]:
     return run
 
 
+def _grouped_op(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return _function("grouped", name)(*args)
+
+    return run
+
+
 _ALL = Limits(devices=_DEVICES, dtypes=_FLOATS, adapter_dtypes=_FLOATS, max_r=MAX_RANK, missing=missing)
 _MERGE = Limits(
     devices=_DEVICES,
@@ -115,6 +122,9 @@ for _op, _module, _plans in (
     for _name, _limits in _plans.items():
         _seconds = functools.partial(predict.seconds, _name)
         register(Kernel(_op, "triton", _plan(_module, _name), _limits, _seconds, _name))
+
+for _name in ("grouped_fwd", "grouped_bwd", "grouped_mask"):
+    register(Kernel(_name, "triton", _grouped_op(_name), _ALL, predict.grouped, "grouped"))
 
 _FORMAT = Limits(devices=_DEVICES, dtypes=_FLOATS, max_r=MAX_RANK, missing=missing)
 for _name in ("quantize", "dequantize", "dropout_mask", "dora_norm"):

@@ -9,7 +9,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastlora.dispatch import cost
-from fastlora.problem import DORA, DROPOUT, LAZY_H, NEED_DA, NEED_DX, SHARED, TRAIN, Problem
+from fastlora.problem import (
+    DORA,
+    DROPOUT,
+    LAZY_H,
+    NEED_DA,
+    NEED_DB,
+    NEED_DMAG,
+    NEED_DX,
+    SHARED,
+    TRAIN,
+    Problem,
+)
 
 _OWN_GEMM = 1.06  # an own product's time over the library's
 _MAIN_LOOP_DECODE = 3.0  # a product's arithmetic with the decoding inside its main loop, over the product alone
@@ -98,3 +109,31 @@ def seconds(plan: str, problem: Problem) -> float:
 def direct(problem: Problem) -> float:
     """An op of one kernel: the roofline."""
     return _INTERPRETED if problem.device == "cpu" else cost.roofline_seconds(problem)
+
+
+_GROUPED_PADDING = 1.2  # rows of tiles that an adapter's last rows leave empty
+
+
+def grouped(problem: Problem) -> float:
+    """Several adapters in one batch: each pass over the rows, every adapter's factors once, gathered in tiles."""
+    if problem.device == "cpu":
+        return _INTERPRETED
+    if problem.op == "grouped_mask":
+        return direct(problem)
+    _, m, n, k, r, dtype, adapter_dtype, _, flags, device, groups = problem
+    dora, drop = bool(flags & DORA), bool(flags & DROPOUT)
+    if problem.op == "grouped_fwd":  # x; y in and out; z; the dropped base product
+        x, y, factors, launches = 1.0, 2.0 + dora * bool(flags & TRAIN) + dora * drop, 1.0, 2
+        products = n + k
+    else:  # dy for g and for db, x for da, dx in and out
+        need_dx, need_da = bool(flags & NEED_DX), bool(flags & NEED_DA)
+        sums = bool(flags & (NEED_DB | NEED_DMAG))
+        x = need_da + 2.0 * need_dx
+        y = float(need_dx or need_da) + sums + bool(flags & NEED_DMAG)
+        factors, launches = 2.0, (need_dx or need_da) + need_dx + need_da + sums + 1
+        products = k * (need_dx + need_da) + n * ((need_dx or need_da) + sums)
+    rows = x * m * k + y * m * n
+    moved = rows * dtype.itemsize + drop * m * k / 8 + factors * groups * r * (n + k) * adapter_dtype.itemsize
+    flops = 2 * _GROUPED_PADDING * m * r * products
+    arithmetic = flops / cost.matrix_rate(dtype, device, own=True)
+    return max(arithmetic, cost.pass_seconds(moved, device)) + cost.launches_seconds(launches, device)
