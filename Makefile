@@ -144,7 +144,7 @@ build/neon/tiers: $(call objects_in,build/neon) build/neon/tests/tiers.o
 # AddressSanitizer and UndefinedBehaviourSanitizer: the judge of the tiers as a program, then the CPU tests in Python.
 # Leaks are Python's own business; memory that is kept poisoned after use grows, so the test of growth cannot run.
 ASAN_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
-ASAN_TESTS := tests/test_cpu_backend.py tests/test_cpu_few.py tests/test_cpu_citizen.py tests/test_nf4.py \
+ASAN_TESTS := tests/test_cpu_backend.py tests/test_cpu_few.py tests/test_many_adapters_cpu.py tests/test_cpu_citizen.py tests/test_nf4.py \
   tests/test_nf4_scales.py tests/test_parity.py
 asan: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=64
 asan: export UBSAN_OPTIONS := print_stacktrace=1

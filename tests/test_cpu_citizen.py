@@ -453,6 +453,7 @@ import pathlib, sys
 from fastlora.backends import _cpu_library
 whole, path = pathlib.Path(sys.argv[1]).read_bytes(), pathlib.Path(sys.argv[2])
 for part in range(1, 20):
+    path.unlink(missing_ok=True)  # a new file: one that was opened stays mapped
     path.write_bytes(whole[: len(whole) * part // 20])
     found, why = _cpu_library.open_library(path)
     assert "cannot be loaded" in why or part > 8 and found is not None, (part, why)
