@@ -26,9 +26,9 @@ DEMO_LOG := $(VENV)/demo-setup.log
 
 # Waiting threads soon sleep instead of spinning for milliseconds. On idle cores that is as fast; where other work
 # shares the cores a training step of the demo takes 3 s instead of 5 to 12 (2 cores, AMD Zen 4, 2026-11).
-pytest demo bench-step: export GOMP_SPINCOUNT ?= 1000
+pytest demo bench-step bench-targets: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step pictures gpu-report aot mutants neon asan clean distclean
+.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step bench-targets pictures gpu-report aot mutants neon asan clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -91,6 +91,9 @@ bench: $(TEST_READY) ## the benchmarks (pytest-benchmark)
 bench-step: $(DEMO_READY) $(TEST_READY) ## one training step of SmolLM2-135M beside PEFT + bitsandbytes
 	$(BIN)/python -m benchmarks.step_beside_peft $(ARGS)
 
+bench-targets: $(TEST_READY) ## the CPU backend beside its targets, with what bounds each
+	$(BIN)/python -m benchmarks.cpu_targets $(ARGS)
+
 pictures: $(TEST_READY) ## draw the README's picture from benchmarks/results again
 	$(BIN)/python -m benchmarks.picture $(ARGS)
 
@@ -144,8 +147,8 @@ build/neon/tiers: $(call objects_in,build/neon) build/neon/tests/tiers.o
 # AddressSanitizer and UndefinedBehaviourSanitizer: the judge of the tiers as a program, then the CPU tests in Python.
 # Leaks are Python's own business; memory that is kept poisoned after use grows, so the test of growth cannot run.
 ASAN_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
-ASAN_TESTS := tests/test_cpu_backend.py tests/test_cpu_few.py tests/test_many_adapters_cpu.py tests/test_cpu_citizen.py tests/test_nf4.py \
-  tests/test_nf4_scales.py tests/test_parity.py
+ASAN_TESTS := tests/test_cpu_backend.py tests/test_cpu_few.py tests/test_cpu_citizen.py tests/test_many_adapters_cpu.py \
+  tests/test_nf4.py tests/test_nf4_scales.py tests/test_parity.py
 asan: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=64
 asan: export UBSAN_OPTIONS := print_stacktrace=1
 asan: $(TEST_READY) ## the CPU library under AddressSanitizer and UBSan: every tier of this CPU, then its tests
