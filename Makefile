@@ -31,7 +31,7 @@ pytest demo bench-step bench-targets: export GOMP_SPINCOUNT ?= 1000
 .PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step bench-targets pictures gpu-report aot mutants neon asan clean distclean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 	@echo
 	@echo '  ARGS="..." passes options on, as in: make demo ARGS="--steps 20", make pytest ARGS="-k nf4 -x"'
 
