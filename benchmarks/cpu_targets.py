@@ -5,7 +5,8 @@
 A line names a case, who is compared and the ratio promised. Everybody on a line runs in turn within each round and is
 held to the float64 truth first: no ratio for one who fails it. Where a target is missed, the line's bound says whether
 it could be met at all: the other's time over the least time this machine needs, which is the products at the best rate
-measured here in the case's dtype, or one read of the packed weight at the measured read bandwidth, whichever is longer.
+that anybody reached in this run in the case's dtype, or one read of the packed weight at the measured read bandwidth,
+whichever is longer.
 """
 
 from __future__ import annotations
@@ -238,18 +239,37 @@ def _best(call: Any, rounds: int) -> float:
     return min(spent)
 
 
+def products(case: Case) -> float:
+    """Floating-point operations of the case's products with the weight."""
+    return 2.0 * case.m * case.n * case.k * (2 if case.train else 1) * case.base_products
+
+
 def least_seconds(case: Case, rates: dict[str, float]) -> float:
     """What the case costs at the machine's best rates: its products with the weight, or one read of it."""
     if case.op != "linear":
         return case.call_bytes / rates["read"]
-    products = (2 if case.train else 1) * case.base_products
-    flops = 2.0 * case.m * case.n * case.k * products
     bytes_ = case.weight_bytes * (2 if case.train else 1)
-    return max(flops / rates[str(case.dtype).removeprefix("torch.")], bytes_ / rates["read"])
+    return max(products(case) / rates[_kind(case)], bytes_ / rates["read"])
 
 
-def judge(goal: Goal, rows: dict[Key, dict[str, Any]], rates: dict[str, float]) -> dict[str, Any]:
-    """One line of the result."""
+def _kind(case: Case) -> str:
+    return str(case.dtype).removeprefix("torch.")
+
+
+def settle(lines: list[dict[str, Any]], cases: dict[str, Case], rates: dict[str, float]) -> None:
+    """Raise the rates to the best that any line shows, then give every line its bound."""
+    timed = [(line, cases[line["case"]]) for line in lines if line["ratio"] is not None]
+    for line, case in timed:
+        if case.op == "linear":
+            rates[_kind(case)] = max(rates[_kind(case)], products(case) / (line["ms"][line["who"]] * 1e-3))
+    for line, case in timed:
+        other = line["ms"][line["other"]] * 1e-3
+        least = least_seconds(case, rates)
+        line["bound"] = least / other if line["most"] is not None else other / least
+
+
+def judge(goal: Goal, rows: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+    """One line of the result, its bound still open."""
     mine = rows[goal.case.name, goal.who]
     theirs = rows[(goal.other_case or goal.case).name, goal.other]
     line: dict[str, Any] = {
@@ -268,13 +288,11 @@ def judge(goal: Goal, rows: dict[Key, dict[str, Any]], rates: dict[str, float]) 
     if not mine.get("samples") or not theirs.get("samples"):
         return line
     own, other = statistics.median(mine["samples"]), statistics.median(theirs["samples"])
-    line |= {"ms": {goal.who: own, goal.other: other}}
-    possible = other * 1e-3 / least_seconds(goal.case, rates)
+    line["ms"] = {goal.who: own, line["other"]: other}
     if goal.most is not None:
-        line |= {"ratio": own / other, "met": own / other <= goal.most, "bound": 1 / possible}
+        line |= {"ratio": own / other, "met": own / other <= goal.most}
     else:
-        line |= {"ratio": other / own, "bound": possible}
-        line["met"] = None if goal.least is None else other / own >= goal.least
+        line |= {"ratio": other / own, "met": None if goal.least is None else other / own >= goal.least}
     return line
 
 
@@ -296,8 +314,9 @@ def measure(threads: int, tiny: bool, only: list[str]) -> dict[str, Any]:
                     entrants.append(pair)
         print(f"\r{number}/{len(by_case)} {members[0].case.name:<44}", end="", file=sys.stderr, flush=True)
         rows = race.run(entrants)
-        lines += [judge(goal, rows, rates) for goal in members]
+        lines += [judge(goal, rows) for goal in members]
     print(f"\r{'':<60}\r", end="", file=sys.stderr)
+    settle(lines, {goal.case.name: goal.case for goal in chosen}, rates)
     return {"threads": threads, "rates": rates, "lines": lines}
 
 
@@ -325,31 +344,32 @@ def table(run: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def _short(line: dict[str, Any]) -> str:
+    """What a line is called in the plot: its label, shape and dtype, and who it is compared with."""
+    case = line["case"].removesuffix("-shared").split("-")
+    return f"{line['label']}, {' '.join(case[-2:])} / {line['other'].split(' (')[0]}"
+
+
 def draw(report: dict[str, Any], path: Any) -> None:
     """Each target line's ratio as a share of its target, one bar a number of threads."""
     from matplotlib import pyplot
 
     runs = report["runs"]
-    labels = [
-        f"{line['label']} {line['case'].rsplit('-', 1)[-1]} / {line['other'].split(' (')[0]}"
-        for line in runs[0]["lines"]
-        if line["met"] is not None
-    ]
+    labels = [_short(line) for line in runs[0]["lines"] if line["met"] is not None]
     figure, axes = pyplot.subplots(figsize=(10, 0.3 * len(labels) + 1.6))
     height = 0.8 / len(runs)
     for number, run in enumerate(runs):
         lines = [line for line in run["lines"] if line["least"] or line["most"]]
         shares = {}
         for line in lines:
-            key = f"{line['label']} {line['case'].rsplit('-', 1)[-1]} / {line['other'].split(' (')[0]}"
             if line["ratio"] is not None:
-                shares[key] = line["most"] / line["ratio"] if line["most"] else line["ratio"] / line["least"]
+                shares[_short(line)] = line["most"] / line["ratio"] if line["most"] else line["ratio"] / line["least"]
         rows = [index + number * height for index, label in enumerate(labels) if label in shares]
         values = [min(4.0, shares[label]) for label in labels if label in shares]
         axes.barh(rows, values, height, label=f"{run['threads']} thread(s)")
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks([index + 0.4 - height / 2 for index in range(len(labels))], labels, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels), -0.3)
     axes.set_xlabel("share of the target reached (cut at 4)")
     axes.set_title(f"CPU backend beside its targets: {report['environment']['cpu']}", fontsize=9)
     axes.legend(fontsize=8)

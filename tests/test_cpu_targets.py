@@ -8,7 +8,7 @@ import json
 import pytest
 
 from benchmarks import cpu_targets
-from benchmarks.cpu_targets import Goal, judge, least_seconds
+from benchmarks.cpu_targets import Goal, judge, least_seconds, products, settle
 from benchmarks.suites import BF16, FP32, _linear, _op
 
 CASE = _linear("qlora", "step", 64, FP32)
@@ -32,20 +32,20 @@ def rows(mine: float | None, theirs: float | None) -> dict:
     [(2.0, None, True, 3.0), (4.0, None, False, 3.0), (None, 0.5, True, 1 / 3), (None, 0.3, False, 1 / 3)],
 )
 def test_a_ratio_is_theirs_over_ours_and_a_share_ours_over_theirs(least, most, met, ratio):
-    line = judge(Goal("line", CASE, "we", "they", least, most), rows(1.0, 3.0), RATES)
+    line = judge(Goal("line", CASE, "we", "they", least, most), rows(1.0, 3.0))
     assert line["met"] is met
     assert line["ratio"] == pytest.approx(ratio)
 
 
 def test_without_a_target_there_is_a_ratio_and_no_verdict():
-    line = judge(Goal("line", CASE, "we", "they"), rows(2.0, 3.0), RATES)
+    line = judge(Goal("line", CASE, "we", "they"), rows(2.0, 3.0))
     assert line["ratio"] == pytest.approx(1.5)
     assert line["met"] is None
 
 
 @pytest.mark.parametrize("times", [(None, 3.0), (1.0, None)])
 def test_who_failed_parity_has_no_ratio_and_nobody_against_it(times):
-    line = judge(Goal("line", CASE, "we", "they", 2.0), rows(*times), RATES)
+    line = judge(Goal("line", CASE, "we", "they", 2.0), rows(*times))
     assert line["ratio"] is None and line["met"] is None
     assert line["reason"] == "outside"
 
@@ -59,6 +59,17 @@ def test_the_bound_is_products_at_the_best_rate_or_one_read_of_the_weight():
     shared = dataclasses.replace(twice, dora_dropout="shared")
     assert least_seconds(shared, RATES) == pytest.approx(least_seconds(many, RATES))
     assert least_seconds(_op("dequantize", BF16), RATES) == pytest.approx(_op("dequantize", BF16).call_bytes / 1e10)
+
+
+def test_the_best_rate_is_torchs_or_the_best_that_a_line_shows():
+    line = judge(Goal("line", CASE, "we", "they", 2.0), rows(10.0, 30.0))
+    rates = dict(RATES)
+    settle([line], {CASE.name: CASE}, rates)
+    assert rates["float32"] == pytest.approx(products(CASE) / 10e-3)
+    assert line["bound"] == pytest.approx(3.0)  # nobody was faster than we were
+    share = judge(Goal("line", CASE, "we", "they", most=0.5), rows(100.0, 300.0))
+    settle([share], {CASE.name: CASE}, dict(RATES))
+    assert share["bound"] == pytest.approx(products(CASE) / 1e11 / 0.3)
 
 
 def test_every_line_names_contenders_that_apply():
