@@ -203,7 +203,7 @@ def test_samples_are_played_back_one_a_round():
 
 def test_the_command_runs_a_case_and_reports(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:xdist", "-q"]
-    options = ["--bench-tiny", "-k", "dequantize", "--results-dir", str(tmp_path)]
+    options = ["--bench-tiny", "-k", "dequantize-nested", "--results-dir", str(tmp_path)]
     store = tmp_path / "store.json"
     # A worker of a parallel run tells its children so, and pytest-benchmark would then refuse to measure.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -226,3 +226,35 @@ def test_the_command_runs_a_case_and_reports(tmp_path):
     ours = next(row for row in report["rows"] if row["role"] == "ours")
     assert stored["ours"] == pytest.approx(ours["time_ms"]["median"] * 1e-3, rel=1e-6)
     assert "node" not in json.loads(store.read_text())["machine_info"]
+
+
+# --- the GPU's rows ---------------------------------------------------------------------------------------------------
+
+
+def _gpu_rows(tmp_path, *options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_gpu.py", "--benchmark-only", "-q", "-p", "no:xdist"]
+    command += ["--benchmark-json", str(tmp_path / "gpu.json"), *options]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    root = cpu_report.ROOT
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_the_gpu_rows_show_everybody_beside_the_floor(tmp_path):
+    done = _gpu_rows(tmp_path, "--bench-tiny", "-k", "qdora-p0.05")
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["benchmarks"]
+    found = {row["extra_info"]["role"]: row for row in rows}
+    assert {"floor", "base", "peer", "ours"} <= found.keys()
+    floor, ours = found["floor"]["stats"]["median"], found["ours"]["stats"]["median"]
+    # DoRA with dropout multiplies the frozen weight twice: its floor is twice the plain one.
+    assert found["ours"]["extra_info"]["over_floor"] == pytest.approx(ours / (2 * floor), rel=1e-3)
+    assert all(row["extra_info"]["parity"]["ok"] for row in rows)
+
+
+@pytest.mark.slow
+def test_without_a_gpu_its_rows_say_so(tmp_path):
+    done = _gpu_rows(tmp_path, "-k", "decode-m1-14336x4096 and fastlora", "-rs")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "needs a GPU" in done.stdout and "passed" not in done.stdout
