@@ -35,6 +35,7 @@ from benchmarks.oracle import BASE, Inputs, Oracle, make_inputs
 from benchmarks.ours import _build_function, _quantized, function, ours
 from benchmarks.peers import bnb_function, cpu_peers, peers
 from benchmarks.suites import BF16, FP32, TINY, WIDE, Suite, _linear, _op
+from fastlora import functional
 
 CPU = torch.device("cpu")
 DENSE_SHAPE = (2048, 2048)
@@ -75,7 +76,6 @@ def _into_out(case: Case, inputs: Inputs, copies: int) -> Built:
     """Our dequantize into a buffer that is used again."""
     weights = [_quantized(case, inputs) for _ in range(copies)]
     outs = [torch.empty(case.n, case.k, dtype=case.dtype) for _ in range(copies)]
-    functional = __import__("fastlora").functional
 
     def call(weight: Any, out: Tensor, _: Tensor) -> Tensor:
         return functional.dequantize(weight, case.dtype, out=out)
