@@ -32,8 +32,9 @@ def _foreign_weights(folder):
     safetensors.torch.save_file({"model.layers.0.weight": torch.zeros(3)}, folder / WEIGHTS)
 
 
-def _pickle_only(folder):
+def _pickle_only(folder, change=lambda data: data):
     torch.save(tensors(folder), folder / "adapter_model.bin")
+    (folder / "adapter_model.bin").write_bytes(change((folder / "adapter_model.bin").read_bytes()))
     (folder / WEIGHTS).unlink()
 
 
@@ -46,7 +47,18 @@ BAD = {
     "no folder": (lambda d: shutil.rmtree(d), FileNotFoundError, CONFIG),
     "no config": (lambda d: (d / CONFIG).unlink(), FileNotFoundError, CONFIG),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), FileNotFoundError, WEIGHTS),
-    "pickle": (_pickle_only, FileNotFoundError, "pickle"),
+    "truncated pickle": (
+        lambda d: _pickle_only(d, lambda data: data[: len(data) // 2]),
+        StateDictError,
+        "adapter_model.bin",
+    ),
+    "empty pickle": (lambda d: _pickle_only(d, lambda data: b""), StateDictError, "adapter_model.bin"),
+    "text in place of a pickle": (lambda d: _pickle_only(d, lambda data: b"<html>"), StateDictError, "pickle"),
+    "a pickle of a list": (
+        lambda d: ((d / WEIGHTS).unlink(), torch.save([1], d / "adapter_model.bin")),
+        StateDictError,
+        "tensors by name",
+    ),
     "empty weights": (lambda d: (d / WEIGHTS).write_bytes(b""), StateDictError, WEIGHTS),
     "truncated in the header": (lambda d: _cut(d, 0.01), StateDictError, WEIGHTS),
     "truncated in the middle": (lambda d: _cut(d, 0.5), StateDictError, WEIGHTS),

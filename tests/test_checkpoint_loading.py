@@ -75,8 +75,8 @@ def test_a_field_from_the_future_is_not_passed_over_in_silence(good, tmp_path):
         fastlora.load_adapter(model, folder)
 
 
-def test_a_pickle_is_never_opened(good, tmp_path, monkeypatch):
-    """Beside good weights it is passed over; alone it is named, and not read in either case."""
+def test_a_pickle_never_runs_code(good, tmp_path, monkeypatch):
+    """Beside good weights it is not opened; alone it is read as tensors and nothing else."""
     folder = tmp_path / "both"
     shutil.copytree(good, folder)
 
@@ -85,12 +85,23 @@ def test_a_pickle_is_never_opened(good, tmp_path, monkeypatch):
             return (os.mkdir, (str(tmp_path / "exploded"),))
 
     torch.save(Bomb(), folder / "adapter_model.bin")
-    monkeypatch.setattr(torch, "load", None)
-    fastlora.load_adapter(llama(), folder)
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin is a pickle"):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", None)
         fastlora.load_adapter(llama(), folder)
+    (folder / WEIGHTS).unlink()
+    model = llama()
+    with unchanged(model), pytest.raises(StateDictError, match=r"adapter_model\.bin is not .* nothing else"):
+        fastlora.load_adapter(model, folder)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_pickle_of_tensors_loads_as_its_safetensors_do(good, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(good, folder)
+    torch.save(tensors(folder), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    new, old = fastlora.load_adapter(llama(), good), fastlora.load_adapter(llama(), folder)
+    assert torch.equal(logits(new), logits(old))
 
 
 def test_a_path_that_is_a_file(good, targets):

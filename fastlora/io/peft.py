@@ -153,6 +153,15 @@ def _fields(text: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or not isinstance(method, str) or method not in METHODS:
         wanted = " or ".join(f'"{name}"' for name in METHODS)
         raise StateDictError(f"expected an adapter with peft_type {wanted} in {CONFIG_NAME}, got {method!r}")
+    return _in_pefts_words(fields)
+
+
+def _in_pefts_words(fields: dict[str, Any]) -> dict[str, Any]:
+    """MoE-PEFT's configs of plain LoRA may name modules by booleans, and the init `lora_init`."""
+    if isinstance(targets := fields.get("target_modules"), dict):
+        fields["target_modules"] = [name for name, wanted in targets.items() if wanted]
+    if (strategy := fields.pop("lora_init", None)) is not None:
+        fields.setdefault("init_lora_weights", strategy)
     return fields
 
 

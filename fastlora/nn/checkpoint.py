@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import os
 import pathlib
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from fastlora.config import AdaLoraConfig, LoraConfig
 from fastlora.errors import ConfigError, StateDictError
 from fastlora.io import peft
 from fastlora.math import init
+from fastlora.nn import folders
 from fastlora.nn.adapted import AdaptedLinear
 from fastlora.nn.adapters import check_name
 from fastlora.nn.convert import convert
@@ -132,12 +130,6 @@ def _checkpoint(model: nn.Module, adapter_name: str) -> tuple[peft.Checkpoint, L
     return peft.Checkpoint(adapters, others), config
 
 
-def _folder(folder: str | os.PathLike[str], adapter_name: str) -> pathlib.Path:
-    """PEFT's layout: "default" in the folder itself, another adapter in a folder of its name inside it."""
-    path = pathlib.Path(folder)
-    return path if adapter_name == "default" else path / adapter_name
-
-
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> pathlib.Path:
     """Save an adapter in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
@@ -155,7 +147,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         adapter's; they stay. OSError: the folder cannot be written.
     """
     if not any_sharded(model):
-        return _write(model, *_checkpoint(model, adapter_name), _folder(folder, adapter_name))
+        return _write(model, *_checkpoint(model, adapter_name), folders.place(folder, adapter_name))
     holders, error = [], None
     try:
         holders = sorted(_holders(model, adapter_name))
@@ -163,130 +155,36 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         error = failure
     agree(holders, error)
     checkpoint, config = _checkpoint(model, adapter_name)
-    target: pathlib.Path = on_first(lambda: _write(model, checkpoint, config, _folder(folder, adapter_name)))
+    target: pathlib.Path = on_first(lambda: _write(model, checkpoint, config, folders.place(folder, adapter_name)))
     return target
 
 
 def _write(model: nn.Module, checkpoint: peft.Checkpoint, config: LoraConfig, target: pathlib.Path) -> pathlib.Path:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    _refuse_foreign_files(target)
     every_module = [name for name, _ in model.named_modules() if name]
     targets = peft.minimal_targets(list(checkpoint.adapters), every_module)
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     kept = {name: tensors.kept for name, tensors in checkpoint.adapters.items() if tensors.kept is not None}
-    task = "CAUSAL_LM" if _is_causal_lm(model) else None
-    text = peft.config_to_json(config, targets, base, task, kept or None)
-    state = _apart(peft.to_state(checkpoint))
-    with _made(target), tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
-        weights, settings = pathlib.Path(scratch, peft.WEIGHTS_NAME), pathlib.Path(scratch, peft.CONFIG_NAME)
-        try:
-            save_file(state, weights, metadata=peft.metadata_of(config))
-        except SafetensorError as error:
-            raise OSError(f"cannot write {target / peft.WEIGHTS_NAME}: {error}") from None
-        settings.write_text(text, encoding="utf-8")
-        weights.chmod(settings.stat().st_mode)  # safetensors writes for the owner alone, whatever the umask
-        _put_in_place([weights, settings], target)
-    return target
+    text = peft.config_to_json(config, targets, *folders.about(model), kept or None)
+    return folders.write(target, peft.to_state(checkpoint), peft.metadata_of(config), text)
 
 
-def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, as safetensors wants them."""
-    seen: set[int] = set()
-    made = {}
-    for key, value in state.items():
-        tensor = value.detach().contiguous().cpu()
-        if tensor.untyped_storage().data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        made[key] = tensor
-    return made
-
-
-@contextlib.contextmanager
-def _made(folder: pathlib.Path) -> Iterator[None]:
-    """Make a folder; if the block fails or is interrupted, what had to be made is gone again."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    with contextlib.ExitStack() as undo:
-        for path in reversed(missing):
-            undo.callback(_remove_if_empty, path)
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-        undo.pop_all()
-
-
-def _remove_if_empty(folder: pathlib.Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _put_in_place(files: list[pathlib.Path], target: pathlib.Path) -> None:
-    """Move each file over the one of its name in `target`; if one cannot be moved, the old ones come back."""
-    with contextlib.ExitStack() as undo:
-        for file in files:
-            place, old = target / file.name, file.with_name("old-" + file.name)
-            if place.exists():
-                try:
-                    os.link(place, old)
-                except OSError:  # no hard links here
-                    shutil.copy2(place, old)
-                undo.callback(os.replace, old, place)
-            else:
-                undo.callback(place.unlink, missing_ok=True)
-            os.replace(file, place)
-        undo.pop_all()
-
-
-def _is_causal_lm(model: nn.Module) -> bool:
-    return type(model).__name__.endswith("ForCausalLM")
-
-
-def _refuse_foreign_files(target: pathlib.Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file; expected a folder to save the adapter in")
-    config, weights = target / peft.CONFIG_NAME, target / peft.WEIGHTS_NAME
-    ours = False
-    with contextlib.suppress(OSError, json.JSONDecodeError, UnicodeDecodeError):
-        found = json.loads(config.read_text(encoding="utf-8"))
-        ours = isinstance(found, dict) and "peft_type" in found
-    if not ours:
-        for path in (config, weights):
-            if path.exists():
-                raise FileExistsError(f"{path} exists and is no adapter's; move it away or save elsewhere")
-    elif weights.is_dir():
-        raise FileExistsError(f"{weights} is a folder; move it away or save elsewhere")
-
-
-def _read(folder: pathlib.Path) -> tuple[peft.Checkpoint, LoraConfig]:
-    from safetensors import SafetensorError, safe_open
-
-    config_path, weights_path = folder / peft.CONFIG_NAME, folder / peft.WEIGHTS_NAME
-    if not config_path.is_file():
-        raise FileNotFoundError(f"no {peft.CONFIG_NAME} in {folder}")
-    if not weights_path.is_file():
-        pickled = folder / "adapter_model.bin"
-        hint = f"; {pickled.name} is a pickle and is not read: save it as safetensors" if pickled.exists() else ""
-        raise FileNotFoundError(f"no {peft.WEIGHTS_NAME} in {folder}{hint}")
-    try:
-        with safe_open(weights_path, framework="pt") as file:
-            metadata = file.metadata()
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise StateDictError(f"{weights_path} is not a complete safetensors file: {error}") from None
-    try:
-        text = config_path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise StateDictError(f"{config_path} is not text: {error}") from None
-    config = peft.config_from_json(text, metadata)
-    return peft.with_masks(peft.from_state(state), config, peft.masks_from_json(text)), config
+def _read(folder: pathlib.Path) -> tuple[peft.Checkpoint, LoraConfig, bool]:
+    """The adapter, its config, and whether the magnitudes are to be made: MoE-PEFT does not save them."""
+    found = folders.read(folder)
+    config = peft.config_from_json(found.config, found.metadata)
+    checkpoint = peft.with_masks(peft.from_state(found.state), config, peft.masks_from_json(found.config))
+    without = all(tensors.magnitude is None for tensors in checkpoint.adapters.values())
+    return checkpoint, config, found.pickled and config.use_dora and without
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> nn.Module:
-    """Load an adapter saved by `save_adapter` or by PEFT, and make it active.
+    """Load an adapter saved by `save_adapter`, by PEFT or, if it is plain LoRA or DoRA, by MoE-PEFT; make it active.
 
     Into a converted model the adapter is added under `adapter_name`, or loaded over the one of that name if its rank
     fits. A plain model is converted first: `nn.Linear` to LoraLinear, bitsandbytes' `Linear4bit` to QLoraLinear.
+
+    Without a safetensors file adapter_model.bin is read, as tensors only: no code in it runs. If it holds no
+    magnitudes for DoRA (MoE-PEFT saves none) they become the row norms of W + s B A, as MoE-PEFT loads it; a warning
+    says so.
 
     Args:
         folder: that holds the two files (or, for a name other than "default", `folder/adapter_name`).
@@ -295,20 +193,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         The same model; dropout and everything else as the adapter's config says.
 
     Raises:
-        FileNotFoundError: files missing; a pickled adapter_model.bin is never read.
+        FileNotFoundError: files missing.
         StateDictError, ConfigError: truncated, foreign or not fitting this model. The model has not changed then.
     """
     check_name(adapter_name)
-    path = pathlib.Path(folder)
-    if adapter_name != "default" and (path / adapter_name / peft.CONFIG_NAME).is_file():
-        path = path / adapter_name
-    checkpoint, config = _read(path)
+    checkpoint, config, bare = _read(folders.find(folder, adapter_name))
     config = config.replace(adapter_dtype=peft.dtype_of(checkpoint))
     configs = {name: config_for(name, config) for name in checkpoint.adapters}
     for name, tensors in checkpoint.adapters.items():
         if tensors.kept is not None:
             configs[name] = configs[name].replace(r=sum(tensors.kept))
-    _check_modules(model, checkpoint, configs)
+    _check_modules(model, checkpoint, configs, bare)
     if not any(True for _ in adapted_layers(model)):
         _convert_for(model, checkpoint, config, adapter_name)
     loads = _plan(model, checkpoint, configs, adapter_name)
@@ -316,6 +211,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         for load in loads:
             load()
     set_adapter(model, adapter_name)
+    if bare:
+        warnings.warn(folders.NO_MAGNITUDES, stacklevel=2)
     return model
 
 
@@ -356,8 +253,8 @@ def _base_recipe(config: LoraConfig) -> tuple[Any, ...] | None:
     return strategy, config.r, config.init_bound, scale, config.init_seed if _rewrites_at_random(config) else None
 
 
-def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[str, LoraConfig]) -> None:
-    """Every module is there, is linear, and has the checkpoint's sizes."""
+def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[str, LoraConfig], bare: bool) -> None:
+    """Every module is there, is linear, and has the checkpoint's sizes; `bare`: magnitudes are to be made."""
     modules = dict(model.named_modules())
     for name, tensors in checkpoint.adapters.items():
         module = modules.get(name)
@@ -371,7 +268,7 @@ def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[
         config = configs[name]
         if tensors.a.shape[0] != config.r:
             raise StateDictError(f"{name}: expected rank {config.r} from {peft.CONFIG_NAME}, got {tensors.a.shape[0]}")
-        if config.use_dora != (tensors.magnitude is not None):
+        if config.use_dora != (tensors.magnitude is not None) and not bare:
             raise StateDictError(
                 f"{name}: use_dora={config.use_dora}, but the magnitude is "
                 f"{'missing' if tensors.magnitude is None else 'present'}"
@@ -486,6 +383,8 @@ def _layer_load(
             layer.add_adapter(adapter_name, made, values)
         if tensors.magnitude is not None:
             fill(layer.lora_magnitude[adapter_name], tensors.magnitude.reshape(-1))
+        elif config.use_dora:
+            fill(layer.lora_magnitude[adapter_name], layer.weight_norm(adapter_name))
         layer.rank_masks.pop(adapter_name, None)
         if tensors.kept is not None:
             layer.rank_masks[adapter_name] = torch.tensor(tensors.kept, device=layer.lora_A[adapter_name].device)
