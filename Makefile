@@ -20,6 +20,7 @@ SOURCES := pyproject.toml $(wildcard setup.py) constraints/cpu.txt $(wildcard cs
 TEST_READY := $(VENV)/.ready-test
 DEMO_READY := $(VENV)/.ready-demo
 BASE_READY := $(VENV)/.ready-base
+DOCS_READY := $(VENV)/.ready-docs
 # The synthetic demo needs fastlora alone: no set-up where any has been done, so that it also runs without a network.
 DEMO_NEEDS := $(if $(findstring --synthetic,$(ARGS)),$(if $(wildcard $(VENV)/.ready-*),,$(BASE_READY)),$(DEMO_READY))
 DEMO_LOG := $(VENV)/demo-setup.log
@@ -28,7 +29,7 @@ DEMO_LOG := $(VENV)/demo-setup.log
 # shares the cores a training step of the demo takes 3 s instead of 5 to 12 (2 cores, AMD Zen 4, 2026-11).
 pytest demo bench-step bench-targets: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step bench-targets pictures gpu-report aot mutants neon asan clean distclean
+.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step bench-targets pictures docs docs-check gpu-report aot mutants neon asan clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -58,7 +59,14 @@ $(BASE_READY): $(SOURCES) | $(BIN)/python
 	$(PIP) $(CONSTRAINTS) -e .
 	@touch $@
 
-test: lint types contracts pytest ## everything CI checks: style, types, import contracts, tests
+# The extra's requirements alone: installing fastlora again would compile its library again.
+$(DOCS_READY): $(TEST_READY)
+	@echo "setting up $(VENV) for the documentation"
+	$(PIP) $(CONSTRAINTS) $$($(BIN)/python -c 'from importlib.metadata import requires; print(*(each.split(";")[0].replace(" ", "") \
+	  for each in requires("fastlora") if "docs" in each.partition("extra ==")[2]))')
+	@touch $@
+
+test: lint types contracts docs pytest ## everything CI checks: style, types, import contracts, documentation, tests
 
 pytest: $(TEST_READY) ## the tests alone, one process a core; without ARGS also `make interpret`
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -77,6 +85,14 @@ types: $(TEST_READY) ## mypy
 
 contracts: $(TEST_READY) ## import-linter: who may import whom
 	@$(BIN)/lint-imports
+
+docs: $(DOCS_READY) ## the documentation into build/site, without a warning; open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Needs a browser (Debian: chromium) and fetches what drives it; not part of CI.
+docs-check: docs ## the built pages in a real browser: links, search, plots, narrow screen, dark mode
+	$(PIP) playwright
+	$(BIN)/python docs/check_site.py $(ARGS)
 
 format: $(TEST_READY) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

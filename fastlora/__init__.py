@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         param_groups,
         print_trainable_parameters,
         set_adapter,
+        train_adapters,
         trainable_parameters,
         unmerge,
     )
