@@ -17,6 +17,7 @@ import torch
 
 from fastlora.cli import _demo_run, _folder, _gguf, _keep, _packages, _restore, _synthetic, _task, main
 from fastlora.cli._demo_run import adapt
+from fastlora.nn import output
 
 transformers = pytest.importorskip("transformers")
 
@@ -209,10 +210,10 @@ def test_packages_that_do_not_import_are_said(capsys, monkeypatch, tmp_path):
         (["--json", "."], "a folder, not a file"),
         (["--output", "file"], "file is a file"),
         (["--output", "file/below"], "is no folder"),
-        (["--output", "no/such"], "existing parent"),
-        (["--output", "thesis"], "no demo's"),
-        (["--output", "."], "no demo's"),
-        (["--output", ".."], "no demo's"),
+        (["--output", "no/such"], "expected an existing one"),
+        (["--output", "thesis"], "no demo.json"),
+        (["--output", "."], "the folder you are in"),
+        (["--output", ".."], "the folder you are in"),
         (["--depth", "3"], "--depth"),
         (["now"], "now"),
     ],
@@ -254,7 +255,7 @@ for arguments in ("--help", "demo --help", "demo --steps 0", "explain -m 0 -n 1 
 
 
 def interrupted_run(folder):
-    with _folder.whole_folder(folder) as scratch:
+    with output.whole_folder(folder) as scratch:
         (scratch / "half").write_text("x")
         raise KeyboardInterrupt
 
@@ -265,7 +266,7 @@ def test_kept_folder_appears_whole_or_not_at_all(tmp_path):
         interrupted_run(folder)
     assert list(tmp_path.iterdir()) == []
     for text in ("first", "second"):
-        with _folder.whole_folder(folder) as scratch:
+        with output.whole_folder(folder) as scratch:
             (scratch / _folder.REPORT).write_text(text)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (folder / _folder.REPORT).read_text() == "second"
@@ -281,14 +282,14 @@ def test_interrupt_while_the_new_folder_takes_the_old_ones_place(tmp_path, monke
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / _folder.REPORT).write_text("old")
-    replace = _folder.os.replace
+    replace = output.os.replace
 
     def interrupted(source, target):
         replace(source, target)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(_folder.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt), _folder.whole_folder(folder) as scratch:
+    monkeypatch.setattr(output.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), output.whole_folder(folder) as scratch:
         (scratch / _folder.REPORT).write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (folder / _folder.REPORT).read_text() == "new"
@@ -299,15 +300,15 @@ def test_old_result_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, 
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / _folder.REPORT).write_text("old")
-    replace = _folder.os.replace
+    replace = output.os.replace
 
     def failing(source, target):
         if "-old-" not in str(source) and "-old-" not in str(target):
             raise OSError("no space left")
         replace(source, target)
 
-    monkeypatch.setattr(_folder.os, "replace", failing)
-    with pytest.raises(OSError, match="no space"), _folder.whole_folder(folder) as scratch:
+    monkeypatch.setattr(output.os, "replace", failing)
+    with pytest.raises(OSError, match="no space"), output.whole_folder(folder) as scratch:
         (scratch / _folder.REPORT).write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (folder / _folder.REPORT).read_text() == "old"

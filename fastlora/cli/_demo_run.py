@@ -13,6 +13,7 @@ from torch import nn
 import fastlora
 from fastlora.cli import _folder, _keep
 from fastlora.cli._task import Task, largest_difference, train
+from fastlora.nn.output import whole_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -198,7 +199,7 @@ class Demo:
             {"raw": raw, "before": first, "after": second, "truth": truth}
             for raw, first, second, truth in zip(task.raws, before, after, task.truths, strict=True)
         ]
-        with self.console.status("saving, reloading, merging"), _folder.whole_folder(folder) as scratch:
+        with self.console.status("saving, reloading, merging"), whole_folder(folder) as scratch:
             self.keep(scratch)
         return result
 

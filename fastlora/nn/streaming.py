@@ -61,13 +61,13 @@ def load_quantized(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise DtypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     files = Files(folder)
-    model = _built(files.folder, dtype) if model is None else model
+    model = built(files.folder, dtype) if model is None else model
     keywords: dict[str, Any] = {"quantize": quantize, "blocksize": blocksize, "double_quant": double_quant}
     plan = plan_of(model, config, fields, compute_dtype=compute_dtype, adapter_name=adapter_name, **keywords)
     for name, linear in plan.targets.items():
         if hasattr(linear.weight, "quant_state"):
             raise ConfigError(f"cannot load {name}: it is a bitsandbytes layer; load the model as usual and convert it")
-    sources = _sources(model, files)
+    sources = sources_of(model, files)
 
     def read(key: str, copy: bool) -> Tensor:
         tensor = files.read(key)
@@ -87,10 +87,11 @@ def load_quantized(
 
 
 class Facts(NamedTuple):
-    """What a file's header says of a tensor."""
+    """What a file's header says of a tensor; `dtype` in its words ("BF16")."""
 
     file: pathlib.Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 class Files:
@@ -98,7 +99,7 @@ class Files:
 
     Attributes:
         folder: their folder.
-        facts: key -> file and shape.
+        facts: key -> file, shape and dtype.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it. StateDictError: a damaged file or index.
@@ -111,9 +112,10 @@ class Files:
         for file in dict.fromkeys(listed.values()) if listed else [self.folder / SINGLE]:
             if not file.is_file():
                 raise FileNotFoundError(f"{file.name} is missing in {self.folder}")
-            with _opened(file) as opened:
-                for key in opened.keys():  # noqa: SIM118 - no mapping
-                    self.facts[key] = Facts(file, tuple(opened.get_slice(key).get_shape()))
+            with opened(file) as held:
+                for key in held.keys():  # noqa: SIM118 - no mapping
+                    found = held.get_slice(key)
+                    self.facts[key] = Facts(file, tuple(found.get_shape()), found.get_dtype())
         for key, file in listed.items():
             if key not in self.facts or self.facts[key].file != file:
                 raise StateDictError(f"{self.folder / INDEX} says that {key} is in {file.name}; it is not")
@@ -138,15 +140,21 @@ class Files:
 
     def read(self, key: str) -> Tensor:
         """A tensor in the file's own pages; they are let go with it, since the file is opened anew for each."""
-        with _opened(self.facts[key].file) as opened:
-            tensor: Tensor = opened.get_tensor(key)
+        with opened(self.facts[key].file) as held:
+            tensor: Tensor = held.get_tensor(key)
+        return tensor
+
+    def rows(self, key: str, first: int, end: int) -> Tensor:
+        """Some rows of a tensor of at least one dimension, as `read`."""
+        with opened(self.facts[key].file) as held:
+            tensor: Tensor = held.get_slice(key)[first:end]
         return tensor
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values; compared in rows, so that neither is read whole."""
         if self.facts[one].shape != self.facts[other].shape:
             return False
-        with _opened(self.facts[one].file) as first, _opened(self.facts[other].file) as second:
+        with opened(self.facts[one].file) as first, opened(self.facts[other].file) as second:
             left, right = first.get_slice(one), second.get_slice(other)
             if not self.facts[one].shape or left.get_dtype() != right.get_dtype():
                 return torch.equal(first.get_tensor(one), second.get_tensor(other))
@@ -155,12 +163,13 @@ class Files:
 
 
 @contextlib.contextmanager
-def _opened(file: pathlib.Path) -> Iterator[Any]:
+def opened(file: pathlib.Path) -> Iterator[Any]:
+    """`safetensors.safe_open` whose errors are a StateDictError that names the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt") as opened:
-            yield opened
+        with safe_open(file, "pt") as held:
+            yield held
     except SafetensorError as error:
         raise StateDictError(f"{file} is damaged, or no safetensors file: {error}") from None
 
@@ -168,7 +177,7 @@ def _opened(file: pathlib.Path) -> Iterator[Any]:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def _built(folder: pathlib.Path, dtype: torch.dtype | None) -> nn.Module:
+def built(folder: pathlib.Path, dtype: torch.dtype | None) -> nn.Module:
     """The causal language model of a config.json, its parameters on meta and its buffers not."""
     try:
         from accelerate import init_empty_weights
@@ -190,7 +199,7 @@ def _built(folder: pathlib.Path, dtype: torch.dtype | None) -> nn.Module:
     return made
 
 
-def _sources(model: nn.Module, files: Files) -> dict[int, str]:
+def sources_of(model: nn.Module, files: Files) -> dict[int, str]:
     """The key each of the model's tensors is read from, by the tensor's id; tied ones share one.
 
     Raises:
