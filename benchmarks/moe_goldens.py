@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
         "expert_capacity": 2,
         "router_z_loss_coef": 0.01,
     },
-    "loramoe": {**_MOE, "peft_type": "LORAMOE"},
+    "loramoe": {**_LORA, "peft_type": "LORAMOE", "num_experts": 4},
     "mola": {**_MOE, "peft_type": "MOLA", "top_k": 2, "use_rslora": True},
 }
 
@@ -88,7 +88,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def randomize(found: dict[str, torch.nn.Parameter]) -> None:
-    """Nothing at its init: B as large as A's output, gates wide, magnitudes off the norms."""
+    """Nothing at its init: B far from zero, gates wide, magnitudes off the norms; still, fp32 rounds by 1e-6 only."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for key, parameter in found.items():
@@ -98,7 +98,7 @@ def randomize(found: dict[str, torch.nn.Parameter]) -> None:
             elif "moe_gate" in key:
                 parameter.copy_(0.4 * noise)
             else:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * parameter.shape[1] ** -0.5 * (0.3 if "lora_B" in key else 1.0))
 
 
 def check_gaps(logits: Tensor) -> None:

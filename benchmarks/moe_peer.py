@@ -17,8 +17,8 @@ import json
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ PREFIX = {"LORA": "base_model.model.model", "MIXLORA": "mixlora", "LORAMOE": "lo
 
 def moe_peft(part: str = "") -> Any:
     """The package or a module of it; its evaluation tasks want two more packages, which nothing here uses."""
+    importlib.import_module("transformers")  # first: it looks for them too
     for absent in ("datasets", "evaluate"):
         sys.modules.setdefault(absent, types.ModuleType(absent))
     return importlib.import_module(f"moe_peft{part}")
@@ -111,8 +112,16 @@ def run(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Any:
 # --- one layer, timed -------------------------------------------------------------------------------------------------
 
 
-def build_layer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Callable[[Tensor], Tensor], Any]:
-    """A forward of one layer, and what trains in it by name.
+class Layer(NamedTuple):
+    """One layer of the peer's: its forward, what trains in it by name, and its frozen weights."""
+
+    forward: Callable[[Tensor], Tensor]
+    trained: dict[str, nn.Parameter]
+    frozen: list[Tensor]
+
+
+def build_layer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Layer:
+    """A layer with these weights.
 
     The weights lie under "base.{projection}", the gate under "gate", stacked experts under "{projection}.lora_A" and
     "{projection}.lora_B", as our modules hold them. MixLoRA takes gate_proj, up_proj and down_proj, a plugin method
@@ -126,12 +135,14 @@ def build_layer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tup
         config.act_fn_ = "silu"
     linears: dict[str, Any] = {}
     trained: dict[str, nn.Parameter] = {}
+    frozen: list[Tensor] = []
     projections = [name.removeprefix("base.") for name in tensors if name.startswith("base.")]
     dtype = tensors[f"base.{projections[0]}"].dtype
     for name in projections:
         weight = tensors[f"base.{name}"]
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
         plain.weight.data.copy_(weight)
+        frozen.append(plain.weight)
         if fields["peft_type"] != "MIXLORA":
             linears[name] = common.Linear(plain, "cpu")
         else:
@@ -158,17 +169,18 @@ def build_layer(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tup
     if fields["peft_type"] == "MIXLORA":
         feed = common.FeedForward(mlp)
         feed.moes_[NAME] = block
-        return (lambda x: feed.forward(x, arguments(x))[0]), trained
+        return Layer(lambda x: feed.forward(x, arguments(x))[0], trained, frozen)
     (only,) = linears.values()
     only.moes_[NAME] = block
-    return (lambda x: only.forward(x, arguments(x))), trained
+    return Layer(lambda x: only.forward(x, arguments(x)), trained, frozen)
 
 
 class Contender:
     """One layer that takes steps when asked."""
 
     def __init__(self, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.forward, self.trained = build_layer(fields, tensors)
+        self.layer = build_layer(fields, tensors)
+        self.trained = self.layer.trained
         self.x, self.dy = tensors["x"], tensors["dy"]
 
     def step(self) -> tuple[float, dict[str, Tensor]]:
@@ -177,7 +189,7 @@ class Contender:
             parameter.grad = None
         x = self.x.clone().requires_grad_()
         before = time.perf_counter()
-        y = self.forward(x)
+        y = self.layer.forward(x)
         y.backward(self.dy)
         seconds = time.perf_counter() - before
         assert x.grad is not None
@@ -193,18 +205,22 @@ def grad(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def saved_bytes(contender: Contender) -> int:
-    """Bytes that one forward keeps for backward, parameters and the input apart, each storage once."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in contender.trained.values()}
+def saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor, weights: Iterable[Tensor]) -> int:
+    """Bytes that one forward keeps for its backward: every storage once and whole, the weights apart."""
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
     seen: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no storage is freed and its address seen twice
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and tensor.untyped_storage().data_ptr() not in known:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            seen[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        contender.forward(contender.x.clone().requires_grad_())
+        y = forward(x.clone().requires_grad_())
+    del y
     return sum(seen.values())
 
 
@@ -225,7 +241,8 @@ def main() -> int:
         elif asked["do"] == "save":
             save_file({name: t.contiguous() for name, t in contender.step()[1].items()}, asked["to"])
         elif asked["do"] == "saved bytes":
-            answer["bytes"] = saved_bytes(contender)
+            layer = contender.layer
+            answer["bytes"] = saved_bytes(layer.forward, contender.x, [*layer.trained.values(), *layer.frozen])
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
     return 0

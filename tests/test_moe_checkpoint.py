@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastlora
-from fastlora import StateDictError
+from fastlora import ConfigError, FastloraError, StateDictError, moe
 from fastlora.io import moe_peft
 from tests import moe_tools
-from tests.model_tools import unchanged
+from tests.model_tools import move, unchanged
 from tests.moe_tools import MIXTURES, OUTPUT, close
 
 
@@ -174,3 +177,277 @@ def test_the_method_comes_from_the_type_or_the_strategy():
     assert (fields["peft_type"], fields["routing_strategy"]) == ("MIXLORA", "mixlora")
     assert fields["target_modules"] == ["gate_proj"]
     assert moe_peft.fields_from_json('{"routing_strategy": "loramoe"}')["peft_type"] == "LORAMOE"
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+def _loaded(name, folder, **changes):
+    case = moe_tools.golden(name)
+    model = moe_tools.base(moe_tools.bias_of(case))
+    return moe.load_adapter(model, moe_tools.write(case, folder, **changes)), case
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_save_load_gives_the_same_model_and_the_same_files(name, tmp_path):
+    model, case = _loaded(name, tmp_path / "theirs")
+    folder = moe.save_adapter(model, tmp_path / "ours")
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    saved = load_file(folder / "adapter_model.safetensors")
+    state = case.part("adapter")
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in state.items())
+    again = moe.load_adapter(moe_tools.base(moe_tools.bias_of(case)), folder)
+    assert torch.equal(_logits(again), _logits(model))
+    assert moe.save_adapter(again, tmp_path / "twice") == tmp_path / "twice"
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name in MIXTURES if name not in ("mixlora_dora", "mixlora_dynamic_own")])
+def test_moe_pefts_own_folder_loads(name, tmp_path):
+    """The pickle and the config that it leaves: without what its export forgets, the function is the same."""
+    case = moe_tools.golden(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = moe.load_adapter(moe_tools.base(), moe_tools.write(case, tmp_path, pickled=True))
+    close(_logits(model.train()), _logits(_loaded(name, tmp_path / "whole")[0]), **OUTPUT)
+
+
+def test_moe_pefts_dora_experts_get_their_norms_and_a_warning(tmp_path):
+    case = moe_tools.golden("mixlora_dora")
+    model = moe_tools.base(bias=False)
+    with pytest.warns(UserWarning, match="holds no magnitudes"):
+        moe.load_adapter(model, moe_tools.write(case, tmp_path, pickled=True))
+    part = model.model.layers[1].mlp.up_proj
+    for expert in range(4):
+        merged = part.weight + part.scaling * part.lora_B[expert] @ part.lora_A[expert]
+        close(part.lora_magnitude[expert], merged.norm(dim=1), 1e-6, 1e-6)
+
+
+def test_older_mixlora_folders_load(tmp_path):
+    case = moe_tools.golden("mixlora")
+    old = {f"adapter.{key}": tensor for key, tensor in _old_words(case.part("adapter")).items()}
+    targets = {"q_proj": True, "k_proj": True, "v_proj": True, "o_proj": True}
+    targets |= {"w1_proj": True, "w2_proj": True, "w3_proj": True}
+    folder = moe_tools.write(
+        case._replace(tensors=old), tmp_path, pickled=True, routing_strategy="mixtral", target_modules=targets
+    )
+    model = moe.load_adapter(moe_tools.base(), folder)
+    close(_logits(model), _logits(_loaded("mixlora", tmp_path / "new")[0]), **OUTPUT)
+
+
+FORGOTTEN = {
+    "mixlora": {"lora_init": "gaussian", "router_init_range": 0.5, "router_aux_loss_coef": 0.3, "router_loss": False},
+    "mixlora_switch": {"router_z_loss_coef": 0.2, "ffn_dropout": 0.1, "jitter_noise": 0.05},
+    "loramoe": {"blc_alpha": 0.2, "blc_weight": 0.3, "router_init_range": 2.0},
+    "mola": {"router_aux_loss_coef": 0.3, "router_loss": True, "init_seed": 11},
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), FORGOTTEN.items(), ids=FORGOTTEN)
+def test_what_moe_pefts_export_forgets_is_saved(name, fields, tmp_path):
+    model, _ = _loaded(name, tmp_path / "in", **fields)
+    written = json.loads((moe.save_adapter(model, tmp_path / "out") / "adapter_config.json").read_text())
+    assert {key: written[key] for key in fields} == fields
+    back = moe.load_adapter(moe_tools.base(), tmp_path / "out")
+    config = next(iter(moe.moe_modules(back).values())).model_config
+    assert {key: getattr(config, key) for key in fields} == fields
+
+
+def test_a_converted_models_init_and_seed_are_saved(tmp_path):
+    model = moe.convert(
+        moe_tools.base(), {"peft_type": "MOLA", "num_experts": 3, "r": 2, "init_seed": 5}, progress=False
+    )
+    fields = json.loads((moe.save_adapter(model, tmp_path) / "adapter_config.json").read_text())
+    assert (fields["init_seed"], fields["lora_init"]) == (5, "original")
+    assert torch.equal(_logits(moe.load_adapter(moe_tools.base(), tmp_path)), _logits(model))
+
+
+def test_lists_for_each_layer_round_trip(tmp_path):
+    fields = {"peft_type": "MOLA", "num_experts": [2, 4], "top_k": [1, 3], "r": [2, 3]}
+    model = moe.convert(moe_tools.base(), fields, progress=False)
+    move(model)
+    written = json.loads((moe.save_adapter(model, tmp_path) / "adapter_config.json").read_text())
+    assert [written[key] for key in ("num_experts", "top_k", "r")] == [[2, 4], [1, 3], [2, 3]]
+    assert torch.equal(_logits(moe.load_adapter(moe_tools.base(), tmp_path)), _logits(model))
+
+
+def test_into_a_model_that_has_it_the_parameters_stay_the_same_objects(tmp_path):
+    model, _ = _loaded("mixlora", tmp_path / "in")
+    want = _logits(model)
+    before = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    folder = moe.save_adapter(model, tmp_path / "out")
+    move(model)
+    assert (_logits(model) - want).abs().max() > 0.01
+    moe.load_adapter(model, folder)
+    assert torch.equal(_logits(model), want)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_another_adapter_name_has_a_folder_of_its_own(tmp_path):
+    case = moe_tools.golden("mixlora")
+    model = moe_tools.base()
+    moe.load_adapter(model, moe_tools.write(case, tmp_path / "one"), adapter_name="one")
+    assert list(model.model.layers[0].self_attn.q_proj.lora_A) == ["one"]
+    folder = moe.save_adapter(model, tmp_path / "out", "one")
+    assert folder == tmp_path / "out" / "one"
+    again = moe.load_adapter(moe_tools.base(), tmp_path / "out", "one")
+    assert torch.equal(_logits(again), _logits(model))
+
+
+def test_nf4_base(tmp_path):
+    fields = {"peft_type": "MIXLORA", "num_experts": 3, "r": 2, "init_seed": 5}
+    model = moe.convert(moe_tools.base(), fields, quantize="nf4", blocksize=32, progress=False)
+    move(model)
+    moe.save_adapter(model, tmp_path)
+    again = moe.convert(moe_tools.base(), fields, quantize="nf4", blocksize=32, progress=False)
+    moe.load_adapter(again, tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+
+
+BAD_FOLDERS = {
+    "more experts": ({"num_experts": 5}, StateDictError, r"gate: expected \[5, 16\], the checkpoint has \[4, 16\]"),
+    "another rank": ({"r": 4}, StateDictError, r"lora_A: expected \[4, 4, 16\]"),
+    "magnitudes wanted": ({"use_dora": True}, StateDictError, "the magnitudes are missing"),
+    "top_k above the experts": ({"top_k": 9}, ConfigError, "top_k"),
+    "top_p outside": ({"routing_strategy": "mixlora-dynamic", "top_p": 1.5}, ConfigError, "top_p"),
+    "no room": ({"routing_strategy": "mixlora-switch", "expert_capacity": 0}, ConfigError, "expert_capacity"),
+    "an unknown strategy": ({"routing_strategy": "mixlora-soft"}, StateDictError, "mixlora-soft"),
+    "an unknown field": ({"use_magic": True}, ConfigError, "use_magic"),
+    "no experts given": ({"num_experts": None}, ConfigError, "num_experts"),
+    "a bias": ({"bias": "all"}, ConfigError, "bias"),
+}
+BAD_TENSORS = {
+    "the MLP of another width": (
+        lambda s: s.update({f"{EXPERT}.{e}.lora_B.weight": torch.ones(21, 3) for e in range(4)}),
+        r"up_proj.lora_B: expected \[4, 20, 3\]",
+    ),
+    "a layer too many": (
+        lambda s: s.update({key.replace("layers.1", "layers.2"): s[key].clone() for key in list(s)}),
+        "layers.2.mlp, where this model has none",
+    ),
+    "a layer missing": (
+        lambda s: [s.pop(key) for key in list(s) if "layers.1" in key],
+        "no gate for layers.1.mlp",
+    ),
+    "an attention adapter missing": (
+        lambda s: [s.pop(f"mixlora.layers.0.self_attn.q_proj.lora_{x}.weight") for x in "AB"],
+        "no plain adapter for layers.0.self_attn.q_proj",
+    ),
+    "an attention adapter of another width": (
+        lambda s: s.update({"mixlora.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 99)}),
+        "q_proj: expected an adapter for",
+    ),
+    "experts of one projection missing": (
+        lambda s: [s.pop(key) for key in list(s) if key.startswith(EXPERT)],
+        "no experts for layers.0.mlp.up_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("into", ["plain", "converted"])
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_a_config_that_does_not_fit_changes_nothing(changes, error, message, into, tmp_path):
+    model = _loaded("mixlora", tmp_path / "good")[0] if into == "converted" else moe_tools.base()
+    folder = moe_tools.write(moe_tools.golden("mixlora"), tmp_path / "bad", **changes)
+    with unchanged(model), pytest.raises(error if into == "plain" else FastloraError) as caught:
+        moe.load_adapter(model, folder)
+    if into == "plain":
+        caught.match(message)
+    _logits(model)
+
+
+@pytest.mark.parametrize("into", ["plain", "converted"])
+@pytest.mark.parametrize(("damage", "message"), BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_tensors_that_do_not_fit_change_nothing(damage, message, into, tmp_path):
+    model = _loaded("mixlora", tmp_path / "good")[0] if into == "converted" else moe_tools.base()
+    case = moe_tools.golden("mixlora")
+    state = case.part("adapter")
+    damage(state)
+    bad = case._replace(tensors={f"adapter.{key}": tensor for key, tensor in state.items()})
+    with unchanged(model), pytest.raises(StateDictError, match=message):
+        moe.load_adapter(model, moe_tools.write(bad, tmp_path / "bad"))
+    assert bool(moe.moe_modules(model)) == (into == "converted")
+    _logits(model)
+
+
+def test_config_and_tensors_of_two_methods_or_two_sets_of_modules(tmp_path):
+    case, model = moe_tools.golden("mixlora"), moe_tools.base()
+    other = moe_tools.write(case._replace(config=moe_tools.golden("mola").config), tmp_path / "mola")
+    fewer = moe_tools.write(case, tmp_path / "fewer", target_modules=["gate_proj", "up_proj"])
+    with unchanged(model):
+        with pytest.raises(StateDictError, match="is of mola, the tensors of mixlora"):
+            moe.load_adapter(model, other)
+        with pytest.raises(StateDictError, match=r"down_proj, where this model has none"):
+            moe.load_adapter(model, fewer)
+
+
+def test_another_method_or_function_does_not_go_over_a_mixture(tmp_path):
+    model, _ = _loaded("mixlora", tmp_path / "mixlora")
+    others = [
+        (moe_tools.write(moe_tools.golden("loramoe"), tmp_path / "a"), "the model has mixlora, the checkpoint loramoe"),
+        (moe_tools.write(moe_tools.golden("mixlora"), tmp_path / "b", top_k=1), "top_k=2, the checkpoint has 1"),
+        (moe_tools.write(moe_tools.golden("mixlora"), tmp_path / "c", lora_alpha=9), "lora_alpha=5"),
+        (moe_tools.write(moe_tools.golden("mixlora_switch"), tmp_path / "d"), "routing_strategy='mixlora'"),
+    ]
+    for folder, message in others:
+        with unchanged(model), pytest.raises(ConfigError, match=message):
+            moe.load_adapter(model, folder)
+    # What only training looks at may differ.
+    folder = moe_tools.write(moe_tools.golden("mixlora"), tmp_path / "e", router_aux_loss_coef=1.0, top_p=0.5)
+    moe.load_adapter(model, folder)
+
+
+def test_each_library_half_names_the_other(tmp_path):
+    """The plain functions do not write or read half a mixture in silence, nor these a plain adapter."""
+    model, _ = _loaded("loramoe", tmp_path / "in")
+    with pytest.raises(ConfigError, match=r"fastlora\.moe\.save_adapter"):
+        fastlora.save_adapter(model, tmp_path / "out")
+    with pytest.raises(StateDictError, match=r"fastlora\.moe\.load_adapter"):
+        fastlora.load_adapter(moe_tools.base(), tmp_path / "in")
+    with pytest.raises(ConfigError, match="no mixture"):
+        moe.save_adapter(moe_tools.base(), tmp_path / "out")
+    with pytest.raises(StateDictError, match="MIXLORA"):
+        moe.load_adapter(moe_tools.base(), moe_tools.write(moe_tools.golden("lora"), tmp_path / "plain"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+    model, _ = _loaded("mixlora", tmp_path / "in")
+    folder = moe.save_adapter(model, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    move(model)
+
+    def full(*_arguments, **_keywords):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        moe.save_adapter(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_adapters_beside_the_experts_must_be_what_the_config_says(tmp_path):
+    model, _ = _loaded("mixlora", tmp_path / "in")
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.delete_adapter("default")
+    layer.add_adapter("default", fastlora.LoraConfig(r=7))
+    with pytest.raises(ConfigError, match=r"q_proj has r=7, the mixture 3"):
+        moe.save_adapter(model, tmp_path / "out")
+
+
+def test_a_pickle_of_experts_never_runs_code(tmp_path):
+    case = moe_tools.golden("mixlora")
+    folder = moe_tools.write(case, tmp_path / "in", pickled=True)
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    torch.save({"mixlora.layers.0.mlp.moe_gate.weight": Bomb()}, folder / "adapter_model.bin")
+    model = moe_tools.base()
+    with unchanged(model), pytest.raises(StateDictError, match="nothing else"):
+        moe.load_adapter(model, folder)
+    assert not (tmp_path / "exploded").exists()

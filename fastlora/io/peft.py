@@ -152,7 +152,8 @@ def _fields(text: str) -> dict[str, Any]:
     method = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
     if not isinstance(fields, dict) or not isinstance(method, str) or method not in METHODS:
         wanted = " or ".join(f'"{name}"' for name in METHODS)
-        raise StateDictError(f"expected an adapter with peft_type {wanted} in {CONFIG_NAME}, got {method!r}")
+        hint = "; fastlora.moe.load_adapter reads it" if method in ("MIXLORA", "LORAMOE", "MOLA") else ""
+        raise StateDictError(f"expected an adapter with peft_type {wanted} in {CONFIG_NAME}, got {method!r}{hint}")
     return _in_pefts_words(fields)
 
 

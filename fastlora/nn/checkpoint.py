@@ -32,6 +32,10 @@ _ADALORA_ONCE = ("lora_alpha", *peft.ADALORA_FIELDS)
 
 
 def _holders(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLinear]:
+    if any(hasattr(getattr(module, "model_config", None), "num_experts") for module in model.modules()):
+        raise ConfigError(
+            "the model has a mixture of experts, which PEFT's format cannot hold: use fastlora.moe.save_adapter"
+        )
     layers = dict(adapted_layers(model))
     holders = {name: layer for name, layer in layers.items() if adapter_name in layer.lora_A}
     if not holders:
@@ -203,10 +207,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     for name, tensors in checkpoint.adapters.items():
         if tensors.kept is not None:
             configs[name] = configs[name].replace(r=sum(tensors.kept))
-    _check_modules(model, checkpoint, configs, bare)
+    check_modules(model, checkpoint, configs, bare)
     if not any(True for _ in adapted_layers(model)):
         _convert_for(model, checkpoint, config, adapter_name)
-    loads = _plan(model, checkpoint, configs, adapter_name)
+    loads = plan(model, checkpoint, configs, adapter_name)
     with torch.no_grad():
         for load in loads:
             load()
@@ -253,7 +257,7 @@ def _base_recipe(config: LoraConfig) -> tuple[Any, ...] | None:
     return strategy, config.r, config.init_bound, scale, config.init_seed if _rewrites_at_random(config) else None
 
 
-def _check_modules(model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[str, LoraConfig], bare: bool) -> None:
+def check_modules(model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[str, LoraConfig], bare: bool) -> None:
     """Every module is there, is linear, and has the checkpoint's sizes; `bare`: magnitudes are to be made."""
     modules = dict(model.named_modules())
     for name, tensors in checkpoint.adapters.items():
@@ -293,9 +297,10 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _plan(
+def plan(
     model: nn.Module, checkpoint: peft.Checkpoint, configs: dict[str, LoraConfig], adapter_name: str
 ) -> list[Callable[[], Any]]:
+    """What loads each tensor in its place; all is checked before, so that none of it can fail half-way."""
     layers = dict(adapted_layers(model))
     holders = {name for name, layer in layers.items() if adapter_name in layer.lora_A}
     if surplus := sorted(holders - set(checkpoint.adapters)):
