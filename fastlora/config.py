@@ -151,16 +151,21 @@ class LoraConfig:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, checked again."""
+        """A copy with some fields changed, checked again.
+
+        Raises:
+            ConfigError, DtypeError: as when one is made.
+        """
         return type(self)(**(self._values() | changes))
 
     @classmethod
     def of(cls, config: Any = None, **fields: Any) -> Self:
-        """A LoraConfig from a LoraConfig, a dict, a config of PEFT's or None, with `fields` on top.
+        """A LoraConfig from a config: a LoraConfig, a dict, one of PEFT's or None, with `fields` on top.
 
         Of an AdaLoRA config, ours or PEFT's, it makes an AdaLoraConfig.
 
         Raises:
+            DtypeError: something else, or another kind of config than this class.
             ConfigError: a field that is unknown or that fastlora cannot honour; the message names it.
         """
         kind: type[Any] = cls
@@ -204,6 +209,7 @@ class AdaLoraConfig(LoraConfig):
         init_lora_weights: True (E = 0, A and B normal with std 0.02) or False (all normal with std 1, for tests).
         r: the rank a layer holds; leave it alone (it is init_r). Only a layer loaded after pruning holds fewer.
 
+    The other fields are those of `LoraConfig`;
     use_dora, use_rslora, rank_pattern and alpha_pattern are refused: PEFT's AdaLoRA has no such thing, or ignores it.
 
     Raises:

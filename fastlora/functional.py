@@ -22,8 +22,10 @@ def quantize(w: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_qua
     """Quantize a float weight of any shape to blockwise NF4 or FP4 (QLoRA, 2305.14314, section 3).
 
     Args:
-        w: fp32, bf16 or fp16. quant_type: "nf4" or "fp4". blocksize: 32, 64, ... 4096.
-        double_quant: quantize the absmax values to 8 bits too.
+        w: fp32, bf16 or fp16.
+        quant_type: "nf4" or "fp4".
+        blocksize: weights that share one scale: 32, 64, ... 4096.
+        double_quant: quantize the scales (absmax) to 8 bits too.
 
     Raises:
         ConfigError: unknown format. DtypeError: another dtype. ShapeError: NaN or inf in w.
@@ -32,7 +34,12 @@ def quantize(w: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_qua
 
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
-    """The dense weight of `qw.shape`: code * absmax in fp32, rounded once to dtype (default `qw.dtype`).
+    """The dense weight of `qw.shape`: code * absmax in fp32, rounded once to dtype (QLoRA, 2305.14314, section 3).
+
+    Args:
+        qw: what `quantize` made.
+        dtype: fp32, bf16, fp16 or fp64; default: that of `out`, else `qw.dtype`.
+        out: a contiguous tensor of that shape and dtype to write into.
 
     Raises:
         ShapeError, DtypeError: `out` does not fit.
@@ -43,7 +50,19 @@ def dequantize(qw: QuantizedWeight, dtype: torch.dtype | None = None, *, out: Te
 def qlora_linear(
     x: Tensor, weight: QuantizedWeight | PackedWeight, a: Tensor, b: Tensor, scale: float | Tensor, **keywords: Any
 ) -> Tensor:
-    """y = x deq(weight)^T + scale * drop(x) a^T b^T + bias; keywords, shapes and errors as `lora_linear`."""
+    """y = x deq(weight)^T + scale * drop(x) a^T b^T + bias (QLoRA, 2305.14314, equation 5).
+
+    Args:
+        x: [..., k], float; the output has its dtype.
+        weight: [n, k] in NF4 or FP4, as `quantize` makes it.
+        a, b, scale, keywords: as `lora_linear`.
+
+    Returns:
+        [..., n].
+
+    Raises:
+        DtypeError: the weight is no 4-bit weight. And what `lora_linear` raises.
+    """
     if isinstance(weight, QuantizedWeight):
         keywords.setdefault("on_grid", weight.absmax_on_grid)
     elif not isinstance(weight, PackedWeight):
@@ -54,7 +73,20 @@ def qlora_linear(
 def dora_weight_norm(
     weight: Tensor | QuantizedWeight | PackedWeight, a: Tensor, b: Tensor, scale: float, *, backend: str | None = None
 ) -> Tensor:
-    """|weight + scale * b a| per output row, fp32 [out], detached (DoRA, 2402.09353, equation 5)."""
+    """|weight + scale * b a| per output row, detached (DoRA, 2402.09353, equation 5).
+
+    Args:
+        weight: [n, k], dense in any float dtype or 4-bit.
+        a, b: [r, k] and [n, r], one float dtype.
+        scale: a float.
+        backend: force one; never falls back in silence.
+
+    Returns:
+        fp32 [n], fp64 for a float64 weight.
+
+    Raises:
+        ShapeError, DtypeError: what was expected and what came. UnsupportedError: why no backend can.
+    """
     operand = weight if isinstance(weight, (Tensor, PackedWeight)) else as_packed(weight)
     return dora.dora_weight_norm(operand, a, b, scale, backend=backend)
 
@@ -70,8 +102,18 @@ def dropout_mask(
 ) -> Tensor:
     """The dropout decision of an [..., k] input, bool, True = kept; the same on every device and backend.
 
+    Philox4x32-10 (Salmon et al., 2011) of the seed, the stream, and each element's row and column.
+
+    Args:
+        shape: [..., k] of the input.
+        p: share that is dropped, in [0, 1), in steps of 1 / 65536.
+        seed: an int, or an int64 tensor [1].
+        stream: tells the masks of one seed apart (projection * 65536 + adapter).
+        device: of the mask; default: the seed's.
+        backend: force one; never falls back in silence.
+
     Raises:
-        ShapeError: p outside [0, 1), a negative size, or a seed outside [0, 2**63 - 1).
+        ShapeError: p outside [0, 1), a negative size, or a seed outside [0, 2**63 - 1). DtypeError: another seed.
     """
     if not 0.0 <= p < 1.0:
         raise ShapeError(f"p must be in [0, 1), got {p}")

@@ -72,7 +72,7 @@ class RankAllocator:
         return self._frozen
 
     def budget(self, global_step: int) -> tuple[int, bool]:
-        """The triplets that step leaves, and whether it allocates; a pure function of the schedule.
+        """The triplets that the step `global_step` leaves, and whether it allocates; a function of the schedule alone.
 
         b(t) = int(b_T + (b_0 - b_T) (1 - (t - tinit) / (T' - tinit))^3), b_T = target_r * layers (equation 12).
         """
@@ -157,7 +157,7 @@ class RankAllocator:
         _average(u, seen, self.config.beta2)
 
     def scores(self) -> list[Tensor]:
-        """Every triplet's score, [r] for each layer in the model's order.
+        """Every triplet's score, [r] for each layer in the model's order; fp32 (fp64 for float64 adapters).
 
         Raises:
             ConfigError: nothing observed yet, or the pattern is frozen and the statistics are gone.
@@ -210,6 +210,9 @@ class RankAllocator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken: the steps that follow are those of an uninterrupted run, to the bit.
+
+        Args:
+            state: what `state_dict` gave.
 
         Raises:
             StateDictError: of other layers, shapes or another schedule; nothing has changed then.

@@ -18,6 +18,7 @@ def orthogonal_penalty(
     Matrices of one shape are taken together, so that a model costs a few products, not a few for each layer.
 
     Args:
+        model: with AdaLoRA layers.
         adapter_name: None takes the one that trains.
         weight: default: the config's orth_reg_weight.
 

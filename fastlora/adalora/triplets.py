@@ -63,6 +63,7 @@ def rank_pattern(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     ranks were ever allocated all count.
 
     Args:
+        model: with AdaLoRA layers.
         adapter_name: None takes the one that trains.
 
     Raises:

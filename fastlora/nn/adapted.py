@@ -48,6 +48,10 @@ class AdaptedLinear(AdapterLayer):
 
         Args:
             adapter_names: one name or None per row of the batch (the first dimension); default: the active adapters.
+
+        Raises:
+            ShapeError, DtypeError: x, or the number of names, does not fit. ConfigError: an unknown name, or a merged
+                layer where names are given. UnsupportedError: no backend, or not the forced one, can run it.
         """
         if adapter_names is not None:
             return rows.forward(self, x, adapter_names)
@@ -58,7 +62,12 @@ class AdaptedLinear(AdapterLayer):
         return y if len(names) < 2 else rows.add_deltas(self, x, y, names)
 
     def adapter_forward(self, x: Tensor, name: str | None) -> Tensor:
-        """The layer with one adapter, or with none: the frozen base."""
+        """The layer with one adapter, or with none: the frozen base. As `forward`: x [..., in] -> [..., out].
+
+        Args:
+            x: any float dtype; the result has it (autocast's when that is on).
+            name: of an adapter the layer has, merged or not; None for none.
+        """
         if name is None:
             return self._op(x, *self._no_adapter(x), 1.0)
         config = self.adapter_configs[name]
@@ -82,7 +91,7 @@ class AdaptedLinear(AdapterLayer):
         return x.new_empty((0, self.in_features)), x.new_empty((self.out_features, 0))
 
     def stream(self, name: str) -> int:
-        """The adapter's dropout stream: its position among the layer's adapters."""
+        """The dropout stream of the adapter `name`: its position among the layer's adapters."""
         return 0 if len(self.scaling) == 1 else list(self.scaling).index(name)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
@@ -91,7 +100,14 @@ class AdaptedLinear(AdapterLayer):
         return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
     def weight_norm(self, name: str) -> Tensor:
-        """|weight + scaling * B A| per row, fp32 [out] (DoRA, equation 5), by the same kernel the forward uses."""
+        """|weight + scaling * B A| per row, fp32 [out] (DoRA, 2402.09353, equation 5), by the forward's own kernel.
+
+        Args:
+            name: of an adapter, with DoRA or without.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
         self._known(name)
         return dora_weight_norm(self._base_operand(), self.effective_a(name), self.lora_B[name], self.scaling[name])
 
@@ -105,7 +121,11 @@ class AdaptedLinear(AdapterLayer):
         return self._unmerged[0] if self._unmerged else self.weight
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The frozen (if merged, the merged) weight as a dense [out, in] tensor."""
+        """The frozen (if merged, the merged) weight as a dense [out, in] tensor.
+
+        Args:
+            dtype: of the result; default: the dense weight's own, of a 4-bit one that it was quantized from.
+        """
         if isinstance(self.weight, QuantizedWeight):
             return self.weight.dequantize(dtype)
         return self.weight.detach().to(dtype or self.weight.dtype)
@@ -137,7 +157,8 @@ class AdaptedLinear(AdapterLayer):
             requantize: quantize the merged weight to the base's 4-bit format; warns with the error that introduces.
 
         Raises:
-            ConfigError: unknown or other already merged adapters; several with DoRA. ShapeError: NaN or inf.
+            ConfigError: unknown or other already merged adapters; several with DoRA; requantize over a dense base.
+            ShapeError: NaN or inf. DtypeError: `dtype` is no float dtype. The layer has not changed then.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names or []))
         names = self.active_adapters if adapter_names is None else names
@@ -173,13 +194,17 @@ class AdaptedLinear(AdapterLayer):
         self.weight = weight
 
     def check_active(self, names: Sequence[str]) -> None:
-        """Raise what `set_adapter(names)` would; change nothing. A merged layer does not switch."""
+        """Raise what `set_adapter(names)` would; change nothing.
+
+        Raises:
+            ConfigError: as there, or the layer is merged: it does not switch.
+        """
         super().check_active(names)
         if self.merged and list(names) not in (self.active_adapters, self._merged_adapters):
             raise ConfigError(f"{', '.join(self._merged_adapters)} merged: unmerge() before switching adapters")
 
     def delete_adapter(self, name: str) -> None:
-        """Remove one; if it was the only active one, the first that is left becomes active.
+        """Remove the adapter `name`; if it was the only active one, the first that is left becomes active.
 
         Raises:
             ConfigError: unknown name, or merged.
@@ -189,7 +214,14 @@ class AdaptedLinear(AdapterLayer):
         super().delete_adapter(name)
 
     def merged_weight(self, names: Sequence[str]) -> Tensor:
-        """c * (w + s b a) for DoRA, w + sum of s b a otherwise; fp32 (fp64 for a float64 base), [out, in]."""
+        """c * (w + s b a) for DoRA, w + sum of s b a otherwise; fp32 (fp64 for a float64 base), [out, in].
+
+        Args:
+            names: of the adapters to add, in order.
+
+        Raises:
+            ConfigError: several with DoRA among them, an unknown one, or a base that is cut over processes.
+        """
         if len(names) > 1 and any(name in self.lora_magnitude for name in names):
             raise ConfigError(f"several adapters with DoRA depend on their order; got {', '.join(names)}")
         base = self._base()
@@ -253,6 +285,9 @@ class AdaptedLinear(AdapterLayer):
         """As `nn.Module.load_state_dict`, but nothing changes when it raises.
 
         Accepts our keys, bitsandbytes' `Linear4bit` keys, and for a quantized layer a float `weight` (quantized here).
+
+        Args:
+            state_dict, strict, assign: as there.
 
         Raises:
             StateDictError: (a RuntimeError) keys missing or unexpected under `strict`, or tensors that do not fit.

@@ -104,7 +104,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def weight_norm(self, name: str) -> Tensor:
-        """|weight + scaling * B A| per row, fp32 [out]."""
+        """|weight + scaling * B A| per row of the adapter `name`, fp32 [out]."""
         raise NotImplementedError
 
     # --- adapters -----------------------------------------------------------------------------------------------------
@@ -119,7 +119,10 @@ class AdapterLayer(nn.Module):
         }
 
     def effective_a(self, name: str) -> Tensor:
-        """The A that enters the product, [r, in]: lora_A, of AdaLoRA with its rows times lora_E."""
+        """The A of the adapter `name` that enters the product, [r, in]: lora_A, of AdaLoRA with its rows times lora_E.
+
+        It has the adapter's own dtype, and a gradient that reaches lora_A and lora_E.
+        """
         a, e = self.lora_A._parameters[name], self.lora_E._parameters.get(name)
         return a if e is None else a * e  # type: ignore[return-value, operator]
 
@@ -132,7 +135,7 @@ class AdapterLayer(nn.Module):
             name: new, without dots.
             config: LoraConfig, dict or peft.LoraConfig; `fields` on top.
             tensors: (a [r, in], b [out, r]), with an AdaLoraConfig (a, b, e [r, 1]), to start from instead of the
-                config's init.
+                config's init; any float dtype, copied into the config's adapter_dtype.
 
         Raises:
             ConfigError: bad name or config. ShapeError, DtypeError: tensors that do not fit. Nothing has changed then.
@@ -161,7 +164,7 @@ class AdapterLayer(nn.Module):
                 group[name].requires_grad_(False)
 
     def reset_parameters(self, name: str) -> None:
-        """Draw an adapter's tensors anew by its config's strategy (with its `init_seed`, or a fresh seed).
+        """Draw the tensors of the adapter `name` anew by its config's strategy (`init_seed`, or a fresh seed).
 
         Raises:
             ConfigError: unknown adapter, or a strategy that rewrites the base (pissa, olora, loftq).
@@ -245,13 +248,21 @@ class AdapterLayer(nn.Module):
                 raise ConfigError(f"unknown adapter {name!r}; have {', '.join(self.lora_A) or 'none'}")
 
     def check_active(self, names: Sequence[str]) -> None:
-        """Raise what `set_adapter(names)` would; change nothing."""
+        """Raise what `set_adapter(names)` would; change nothing.
+
+        Raises:
+            ConfigError: as there.
+        """
         self._known(*names)
         if len(names) > 1 and any(name in self.lora_magnitude for name in names):
             raise ConfigError(f"several active adapters with DoRA depend on their order; got {', '.join(names)}")
 
     def check_new(self, name: str, config: LoraConfig) -> None:
-        """Raise what `add_adapter(name, config)` would for its name and init; change nothing."""
+        """Raise what `add_adapter(name, config)` would for its name and init; change nothing.
+
+        Raises:
+            ConfigError: a bad or used name, or an init that would rewrite a base that other adapters use.
+        """
         check_name(name)
         if name in self.lora_A:
             raise ConfigError(f"adapter {name!r} exists already; have {', '.join(self.lora_A)}")
@@ -262,6 +273,9 @@ class AdapterLayer(nn.Module):
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make these the active adapters: they train, every other one is frozen.
+
+        Args:
+            names: one, or several whose contributions are added in this order; empty for none.
 
         Raises:
             ConfigError: unknown name, or several at once with DoRA among them (their order would change the function).
@@ -277,7 +291,7 @@ class AdapterLayer(nn.Module):
                 parameter.requires_grad_(name in chosen)
 
     def delete_adapter(self, name: str) -> None:
-        """Remove one; if it was the only active one, the first that is left becomes active.
+        """Remove the adapter `name`; if it was the only active one, the first that is left becomes active.
 
         Raises:
             ConfigError: unknown name.
@@ -305,7 +319,14 @@ class AdapterLayer(nn.Module):
             self._disabled = before
 
     def delta_weight(self, name: str) -> Tensor:
-        """scaling * B A (AdaLoRA: B E A), fp32 (fp64 for float64 adapters), [out, in]; without DoRA's row factor."""
+        """scaling * B A (AdaLoRA: B E A), fp32 (fp64 for float64 adapters), [out, in]; without DoRA's row factor.
+
+        Args:
+            name: of the adapter.
+
+        Raises:
+            ConfigError: an unknown one.
+        """
         self._known(name)
         a, b = self.lora_A[name].detach(), self.lora_B[name].detach()
         dtype = torch.promote_types(a.dtype, torch.float32)
@@ -315,7 +336,7 @@ class AdapterLayer(nn.Module):
         return self.scaling[name] * (b.to(dtype) @ a)
 
     def kept_triplets(self, name: str) -> Tensor | None:
-        """bool [init_r]: what a pruned copy of an AdaLoRA adapter keeps; None before ranks were ever allocated.
+        """bool [init_r]: what a pruned copy of the AdaLoRA adapter `name` keeps; None before ranks were allocated.
 
         Besides what the last allocation kept, every triplet whose E moved off zero since: dropping it would change the
         function.

@@ -42,14 +42,18 @@ def convert(
     `QLoraLinear` over its own bytes. Each dense weight is released as soon as it is quantized.
 
     Args:
+        model: any module that holds linears.
         config: LoraConfig, dict or peft.LoraConfig; `fields` on top.
-        quantize: "nf4", "fp4" or None.
+        quantize: "nf4", "fp4", or None to keep the weights as they are.
+        blocksize, double_quant, compute_dtype: the 4-bit format, as in `QLoraLinear`.
+        adapter_name: of the adapter.
         progress: show a progress bar.
 
     Returns:
         The same model.
 
     Raises:
+        ShapeError, DtypeError: a weight that cannot be quantized.
         ConfigError: nothing matches (near names are listed), or a field that cannot be honoured; nothing has changed.
     """
     keywords: dict[str, Any] = {"quantize": quantize, "blocksize": blocksize, "double_quant": double_quant}

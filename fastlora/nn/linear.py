@@ -41,8 +41,12 @@ class LoraLinear(AdaptedLinear):
         adapter_name: of the first adapter.
 
     Attributes:
-        weight: Parameter [out, in], frozen. bias: Parameter [out] or None, frozen unless config.bias says otherwise.
-        and those of `AdapterLayer`.
+        weight: Parameter [out, in], frozen.
+        bias: Parameter [out] or None, frozen unless config.bias says otherwise.
+        lora_A, lora_B, lora_magnitude: adapter name -> [r, in], [out, r], [out] (the last only for DoRA).
+        lora_E: adapter name -> [r, 1] (only AdaLoRA).
+        scaling: adapter name -> float.
+        active_adapters: names whose contribution is added, in order.
 
     Raises:
         ConfigError, ShapeError, DtypeError: a field or size that does not fit.
@@ -71,8 +75,14 @@ class LoraLinear(AdaptedLinear):
     ) -> LoraLinear:
         """Adopt an `nn.Linear`'s own weight and bias (no copy; they are frozen from now on).
 
+        Args:
+            linear: its weight [out, in] in any float dtype.
+            config: LoraConfig, dict or peft.LoraConfig; `fields` on top.
+            adapter_name: of the first adapter.
+
         Raises:
             DtypeError: not a plain `nn.Linear`, or a weight that is not floating-point.
+            ConfigError: a field that does not fit.
         """
         _check_linear(linear)
         config = checked_config(config, fields)
@@ -106,13 +116,18 @@ class QLoraLinear(AdaptedLinear):
 
     Args:
         in_features, out_features, bias, device: as `nn.Linear`.
-        quant_type: "nf4" or "fp4". blocksize: 32 ... 4096. double_quant: quantize absmax too.
+        quant_type: "nf4" or "fp4".
+        blocksize: weights that share one scale, a power of two in 32 ... 4096.
+        double_quant: quantize the scales too.
         compute_dtype: x is cast to it and the result cast back; None computes in the dtype of x.
         config, adapter_name, config_fields: as `LoraLinear`.
 
     Attributes:
-        weight: QuantizedWeight (a dense Parameter while merged).
+        weight: QuantizedWeight of shape [out, in] (a dense Parameter while merged).
         and those of `LoraLinear`.
+
+    Raises:
+        ConfigError, ShapeError, DtypeError: a format, field or size that does not fit.
     """
 
     def __init__(
@@ -155,8 +170,15 @@ class QLoraLinear(AdaptedLinear):
 
         For a `Linear4bit` the format is its own and `compute_dtype` defaults to its own.
 
+        Args:
+            linear: `nn.Linear` with a weight [out, in] in fp32, bf16 or fp16, or `Linear4bit`.
+            config: LoraConfig, dict or peft.LoraConfig; `fields` on top.
+            quant_type, blocksize, double_quant, compute_dtype: the format, as in `QLoraLinear`.
+            adapter_name: of the first adapter.
+
         Raises:
-            DtypeError: not a linear layer we know; ShapeError: NaN or inf in the weight.
+            DtypeError: not a linear layer we know. ShapeError: NaN or inf in the weight, or bytes of another size.
+            ConfigError: a format or field that does not fit.
         """
         config = checked_config(config, fields)
         four_bit = hasattr(getattr(linear, "weight", None), "quant_state")

@@ -43,6 +43,10 @@ def _known_names(layers: list[AdaptedLinear], names: str | Sequence[str]) -> lis
 def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     """Make these adapters active in every layer that has them; the layers' other adapters are frozen.
 
+    Args:
+        model: with adapted layers.
+        names: one, or several whose contributions are added in this order.
+
     Raises:
         ConfigError: no layer has one of them, or a layer refuses the combination; nothing has changed then.
     """
@@ -60,6 +64,10 @@ def train_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     For batches that say for each row which adapter it uses (`adapter_names`): there several DoRA adapters can train at
     once, which `set_adapter` refuses because on the same row their order would matter.
 
+    Args:
+        model: with adapted layers.
+        names: of the adapters that learn.
+
     Raises:
         ConfigError: no layer has one of them; nothing has changed then.
     """
@@ -73,6 +81,10 @@ def train_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 def add_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
     """Add several adapters to every adapted layer that each config's target_modules picks, in one call.
+
+    Args:
+        model: converted.
+        configs: adapter name -> LoraConfig, dict or peft.LoraConfig.
 
     Raises:
         ConfigError: a name or field that does not fit, or a config that picks no layer; nothing has changed then.
@@ -133,6 +145,12 @@ def merge(
 ) -> None:
     """`layer.merge` on every adapted layer; if one refuses, those already merged are unmerged again.
 
+    Args:
+        model: with adapted layers.
+        adapter_names: which (default: the active ones).
+        safe: refuse a merged weight with NaN or inf.
+        keywords: `dtype` and `requantize`, as `layer.merge`.
+
     Raises:
         ConfigError, ShapeError: as `layer.merge`, or no layer has an adapter of one of the names.
     """
@@ -153,7 +171,14 @@ def merge(
 
 
 def unmerge(model: nn.Module) -> None:
-    """Bring back every layer's own weight, bit for bit."""
+    """Bring back every layer's own weight, bit for bit.
+
+    Args:
+        model: with adapted layers; those that are not merged stay as they are.
+
+    Raises:
+        ConfigError: it has none.
+    """
     for layer in _layers(model):
         layer.unmerge()
 
@@ -163,6 +188,11 @@ def merge_and_unload(model: nn.Module, *, safe: bool = True, dtype: torch.dtype 
 
     So that the plain model runs, its other float parameters follow a base that was 4-bit to that 16-bit dtype; pass
     `dtype` to choose the linears' dtype and leave the rest alone.
+
+    Args:
+        model: with adapted layers.
+        safe: refuse a merged weight with NaN or inf.
+        dtype: of the merged weights.
 
     Returns:
         The same model, without adapters (a plain layer, if the model is an adapted layer itself).
@@ -190,7 +220,7 @@ def merge_and_unload(model: nn.Module, *, safe: bool = True, dtype: torch.dtype 
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameter counts; a 4-bit weight counts its weights, not its bytes."""
+    """(trainable, total) parameter counts of a model; a 4-bit weight counts its weights, not its bytes."""
     trainable = total = 0
     quantized: set[int] = set()
     for module in model.modules():
@@ -205,7 +235,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """One line: trainable, total and their ratio."""
+    """Print one line about a model: its trainable and all its parameters, and their ratio."""
     trainable, total = trainable_parameters(model)
     line = f"trainable: {trainable:,} of {total:,} parameters ({100 * trainable / max(1, total):.2f} %)"
     print(line)  # noqa: T201 - what it is for
@@ -217,6 +247,15 @@ def param_groups(
     """Parameter groups for any torch optimizer; B and the magnitudes learn `loraplus_lr_ratio` times faster.
 
     LoRA+ (2402.12354, section 4): the B matrices want a larger learning rate than the A matrices.
+
+    Args:
+        model: every parameter of it that requires a gradient is in a group.
+        lr: of A and everything else; above 0.
+        loraplus_lr_ratio: B and the magnitudes learn with lr times this; at least 1.
+        weight_decay: of every group.
+
+    Returns:
+        One group, or two; empty ones are left out.
 
     Raises:
         ConfigError: a ratio below 1, a learning rate that is not positive, or nothing to train.

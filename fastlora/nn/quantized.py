@@ -81,7 +81,13 @@ class QuantizedWeight(nn.Module):
     def from_float(
         cls, w: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
     ) -> QuantizedWeight:
-        """Quantize a float weight (fp32, bf16 or fp16; any device; on meta only the shapes).
+        """Quantize a float weight (fp32, bf16 or fp16; any shape, any device; on meta only the shapes).
+
+        Args:
+            w: the weight.
+            quant_type: "nf4" or "fp4".
+            blocksize: weights that share one scale, a power of two in 32 ... 4096.
+            double_quant: quantize the scales to 8 bits too.
 
         Raises:
             ConfigError: unknown format. DtypeError: not one of the three dtypes.
@@ -107,7 +113,17 @@ class QuantizedWeight(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> QuantizedWeight:
-        """One of the given format with uninitialised bytes, to load into."""
+        """One of the given format with zero bytes, to load into.
+
+        Args:
+            shape: of the dense weight.
+            quant_type, blocksize, double_quant: the format, as in `from_float`.
+            dtype: what `dequantize()` will give.
+            device: of the bytes.
+
+        Raises:
+            ConfigError: unknown format.
+        """
         nf4.check_format(quant_type, blocksize)
         numel = math.prod(shape)
         blocks = (numel + blocksize - 1) // blocksize
@@ -124,6 +140,9 @@ class QuantizedWeight(nn.Module):
     @classmethod
     def from_bnb(cls, source: Any) -> QuantizedWeight:
         """Adopt a `bitsandbytes` `Linear4bit`, `Params4bit` or `(data, QuantState)`: same bytes, no copy.
+
+        Args:
+            source: one of these; one that bitsandbytes has not quantized yet is quantized here.
 
         Raises:
             DtypeError: not one of these, or repacked for bitsandbytes' CPU kernel.
@@ -144,7 +163,14 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def from_torchao(cls, source: Any) -> QuantizedWeight:
-        """Take over a torchao `NF4Tensor`: exact codes, its table as `code_table`, its scales expanded to fp32."""
+        """Take over a torchao `NF4Tensor`: exact codes, its table as `code_table`, its scales expanded to fp32.
+
+        Args:
+            source: the tensor, of any shape.
+
+        Raises:
+            DtypeError: something else.
+        """
         needed = (
             "quantized_data",
             "quantized_scalers",
@@ -210,11 +236,22 @@ class QuantizedWeight(nn.Module):
         return self.packed.device
 
     def dequantize(self, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
-        """The dense weight, code * absmax in fp32 rounded once to dtype (default: the source dtype)."""
+        """The dense weight of `self.shape`, code * absmax in fp32 rounded once to dtype (default: the source dtype).
+
+        Args:
+            out: a contiguous tensor of that shape and dtype to write into.
+
+        Raises:
+            ShapeError, DtypeError: `out` does not fit.
+        """
         return ops.dequantize(self.pack(), dtype or self.dtype, out=out)
 
     def forward(self, *args: Any) -> Tensor:
-        """Not callable: a weight is used through a layer or `fastlora.functional.qlora_linear`."""
+        """Not callable: a weight is used through a layer or `fastlora.functional.qlora_linear`.
+
+        Raises:
+            DtypeError: always.
+        """
         raise DtypeError("a QuantizedWeight is not called; use its layer or fastlora.functional.qlora_linear")
 
     def extra_repr(self) -> str:
