@@ -143,6 +143,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     Where parameters are cut over processes (FSDP2) every process must call it: all gather, the first one writes, and
     all return, or raise, together.
 
+    Args:
+        model: converted.
+        folder: made where it is missing.
+        adapter_name: which adapter.
+
     Returns:
         The folder the two files are in.
 
