@@ -384,3 +384,16 @@ def test_dora_norm(tier: str, fmt: str) -> None:
         norm = cpu.dora_norm(problem, case.weight, case.a, case.b, case.scale)
         expected = reference.dora_norm(case.w, case.a.double(), case.b.double(), case.scale)
         torch.testing.assert_close(norm.double(), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(("n", "k", "r", "scale"), [(192, 576, 8, 2.0), (37, 999, 24, 1.3), (128, 1536, 16, 0.5)])
+def test_dora_norm_is_rounded_as_torch_rounds_it(tier: str, n: int, k: int, r: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(n)
+    w, a, b = (torch.randn(size, generator=generator) * 0.1 for size in ((n, k), (r, k), (n, r)))
+    product = torch.zeros(n, k)
+    for i in range(r):  # one term after the other, as a matrix product of few terms adds them
+        term = b[:, i : i + 1].double() * a[i].double()
+        product = (product.double() + (term.float() if tier == "scalar" else term)).float()  # scalar has no fma
+    problem = Problem("dora_norm", 0, n, k, r, torch.float32, torch.float32, DENSE, 0, "cpu")
+    found = cpu.dora_norm(problem, w, a, b, scale)
+    assert same(found, torch.linalg.norm(w + scale * product, dim=1))

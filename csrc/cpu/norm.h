@@ -1,5 +1,9 @@
-// dora_norm: out_scales[n] = || w[n] + s (b a)[n] ||, a tile of w at a time: the product is added to the decoded tile
-// in place, squared and summed. Nothing of size n x k is made.
+// dora_norm: out_scales[n] = || w[n] + s (b a)[n] ||, a tile of w at a time: the product is added to the decoded tile,
+// squared and summed. Nothing of size n x k is made.
+//
+// Each step is rounded as torch rounds it when it adds s times the product to w and takes torch.linalg.norm of the rows
+// (fp32 on a CPU: the product, times s, plus w; eight sums of squares, one after the other, then what is left of a row).
+// A model whose norms came from there gets the same ones here, and goes on training on the same losses.
 #ifndef FASTLORA_CPU_NORM_H
 #define FASTLORA_CPU_NORM_H
 
@@ -10,10 +14,10 @@ struct Norm {
     Shared& shared;
     const int64_t stride, features;
     float* a_rows;               // shared, panels [r][PANEL]
-    float *tile, *b_rows, *scales;  // one thread's
+    float *tile, *product, *scales;  // one thread's
 
     // Rows and columns of a tile, which should stay in the L1 cache; rows do not share cache sets.
-    enum { ROWS = 4 * TILE_ROWS, COLUMNS = 128, LD = COLUMNS + 16 };
+    enum { ROWS = 2 * TILE_ROWS, COLUMNS = 128, LD = COLUMNS + 16, SUMS = 8 };
 
     Norm(Shared& s) : args(s.args), shared(s), stride(round_up(args.k, PANEL)), features(ROWS) {}
 
@@ -26,33 +30,56 @@ struct Norm {
     int64_t carve_thread(float* base) {
         Arena arena(base);
         tile = arena.take(ROWS * LD);
-        b_rows = arena.take(args.r * features);
+        product = arena.take(ROWS * LD);
         scales = arena.take(args.absmax_codes ? features * args.k / args.blocksize + 2 : 0);
         return arena.used;
     }
 
+    typedef float Eight __attribute__((vector_size(SUMS * 4), aligned(4), may_alias));
+
+    // sums[i] += v[i]^2, v = w + s product, SUMS columns at a time, of R rows.
+    template <int R>
+    void add_squares(float* w, const float* v, int64_t count, Eight* sums) const {
+        const float s = (float)args.scale;
+        Eight held[R];
+        FL_UNROLL
+        for (int i = 0; i < R; ++i) held[i] = sums[i];
+        for (int64_t j = 0; j < count; j += SUMS) {
+            FL_UNROLL
+            for (int i = 0; i < R; ++i) {
+                const Eight sum = *(Eight*)(w + i * LD + j) + s * *(const Eight*)(v + i * LD + j);
+                held[i] += sum * sum;
+            }
+        }
+        FL_UNROLL
+        for (int i = 0; i < R; ++i) sums[i] = held[i];
+    }
+
     void rows(int64_t n0, int64_t count) {
-        double squares[ROWS] = {};
+        Eight sums[ROWS] = {};
+        const int64_t whole = args.k / SUMS * SUMS;
         Source source(args);
         source.use_scales(n0 * args.k, (n0 + count) * args.k, scales);
-        for (int64_t i = 0; i < count * args.r; ++i) b_rows[i] = (float)args.scale * args.b[n0 * args.r + i];
         for (int64_t k0 = 0; k0 < args.k; k0 += COLUMNS) {
             const int64_t depth = min64(COLUMNS, args.k - k0), wide = round_up(depth, PANEL);
             tile_rows(source, n0, count, k0, k0 + depth, LD, tile);
-            for (int64_t i = 0; i < count && depth < wide; ++i)
-                memset(tile + i * LD + depth, 0, (size_t)(wide - depth) * 4);
-            rows_times_tile<false>(count, wide, a_rows + k0 * args.r, args.r * PANEL, b_rows, args.r, args.r, tile,
-                                   LD, true);
-            for (int64_t i = 0; i < count; ++i) {
-                vf sum = vzero();
-                for (int64_t j = 0; j < wide; j += W) {
-                    const vf v = vload(tile + i * LD + j);
-                    sum = vfma(v, v, sum);
-                }
-                squares[i] += vsum(sum);
-            }
+            rows_times_tile<false>(count, wide, a_rows + k0 * args.r, args.r * PANEL, args.b + n0 * args.r, args.r, args.r,
+                                   product, LD, false);
+            // Rows beyond count are summed with the rest of theirs, and not used.
+            for (int64_t i = 0; i < count; i += 4)
+                add_squares<4>(tile + i * LD, product + i * LD, min64(depth, whole - k0), sums + i);
         }
-        for (int64_t i = 0; i < count; ++i) args.out_scales[n0 + i] = (float)__builtin_sqrt(squares[i]);
+        // A last tile that is shorter still holds the columns beyond the last SUMS.
+        const int64_t last = args.k > 0 ? (args.k - 1) / COLUMNS * COLUMNS : 0;
+        for (int64_t i = 0; i < count; ++i) {
+            float sum = sums[i][0];
+            for (int64_t lane = 1; lane < SUMS; ++lane) sum += sums[i][lane];
+            for (int64_t j = whole - last; j < args.k - last; ++j) {
+                const float v = tile[i * LD + j] + (float)args.scale * product[i * LD + j];
+                sum += v * v;
+            }
+            args.out_scales[n0 + i] = __builtin_sqrtf(sum);
+        }
     }
 
     void run() {
