@@ -6,30 +6,35 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+_aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """act(z), and its backward: (dout, z) -> dz."""
+    """act(z) into `out`, and its backward (dout, z) -> dz into `out`; `out` may be z."""
 
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-def _gelu_tanh(z: Tensor) -> Tensor:
-    return F.gelu(z, approximate="tanh")
-
-
-def _gelu_tanh_backward(d: Tensor, z: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(d, z, approximate="tanh")
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 KNOWN: dict[str, Activation] = {
-    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
-    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_backward),
-    "relu": Activation(F.relu, lambda d, z: d * (z > 0)),
+    "silu": Activation(
+        lambda z, out: _aten.silu.out(z, out=out),
+        lambda d, z, out: _aten.silu_backward.grad_input(d, z, grad_input=out),
+    ),
+    "gelu": Activation(
+        lambda z, out: _aten.gelu.out(z, out=out),
+        lambda d, z, out: _aten.gelu_backward.grad_input(d, z, grad_input=out),
+    ),
+    "gelu_tanh": Activation(
+        lambda z, out: _aten.gelu.out(z, approximate="tanh", out=out),
+        lambda d, z, out: _aten.gelu_backward.grad_input(d, z, approximate="tanh", grad_input=out),
+    ),
+    "relu": Activation(
+        lambda z, out: torch.clamp_min(z, 0, out=out),
+        lambda d, z, out: _aten.threshold_backward.grad_input(d, z, 0, grad_input=out),
+    ),
 }
 # The names transformers knows them by.
 ALIASES = {
@@ -45,12 +50,12 @@ ALIASES = {
 def by_autograd(act: Callable[[Tensor], Tensor]) -> Activation:
     """Any elementwise function, its derivative by autograd."""
 
-    def backward(d: Tensor, z: Tensor) -> Tensor:
+    def backward(d: Tensor, z: Tensor, out: Tensor) -> Tensor:
         with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            return torch.autograd.grad(act(leaf), leaf, d)[0]
+            leaf = z.detach().clone().requires_grad_()
+            return out.copy_(torch.autograd.grad(act(leaf), leaf, d)[0])
 
-    return Activation(act, backward)
+    return Activation(lambda z, out: out.copy_(act(z)), backward)
 
 
 def activation(act: str | Callable[[Tensor], Tensor]) -> Activation:

@@ -13,8 +13,7 @@ from fastlora import settings
 from fastlora.config import fresh_seed
 from fastlora.errors import ConfigError, ShapeError
 from fastlora.math import moe
-from fastlora.math.activations import ALIASES, KNOWN
-from fastlora.math.segments import segments
+from fastlora.math.activations import ALIASES, KNOWN, activation
 from fastlora.moe.config import MixLoraConfig, checked
 from fastlora.moe.experts import ExpertLinear, Quantization, check_base, derived_seed
 from fastlora.moe.router import Router
@@ -140,7 +139,7 @@ def _check_function(mlp: nn.Module, layout: Layout, act: str | Callable[[Tensor]
         return
     weight = parts[0].weight
     x = torch.linspace(-1.0, 1.0, weight.shape[1], dtype=torch.float32).to(weight.device, weight.dtype)[None]
-    function = KNOWN[act].forward if isinstance(act, str) else act
+    function = activation(act).forward
     was_training = mlp.training
     mlp.eval()
     try:
@@ -150,7 +149,8 @@ def _check_function(mlp: nn.Module, layout: Layout, act: str | Callable[[Tensor]
     halves = [part(x) for part in parts[:-1]]
     if layout.gated and len(halves) == 1:
         halves = list(halves[0].chunk(2, -1))
-    have = parts[-1](function(halves[0]) * halves[1] if layout.gated else function(halves[0]))
+    acted = function(halves[0], torch.empty_like(halves[0]))
+    have = parts[-1](acted * halves[1] if layout.gated else acted)
     allowed = 2e-2 if weight.dtype.itemsize == 2 else 1e-4
     if not isinstance(want, Tensor) or not (want.float() - have.float()).norm() <= allowed * want.float().norm() + 1e-9:
         raise ConfigError(f"{type(mlp).__name__} computes something else than down(act(gate(x)) * up(x))")
@@ -258,19 +258,23 @@ class MixLoraMLP(nn.Module):
         seen = self._jittered(x)
         logits = self.gate(seen)
         flat = (x if switch else seen).reshape(-1, first.in_features).to(dtype)
-        routing = self.route(logits, x.shape[-2] if x.dim() > 1 else 1)
+        routing = self.route(logits, max(1, x.shape[-2]) if x.dim() > 1 else 1)
         w, experts = routing
         lost = experts == self.config.num_experts
         kept = torch.where(lost, 0.0, w) if switch else w
-        rows = segments(experts.reshape(-1), self.config.num_experts)
         drops = self.training and any(part.dropout for part in parts.values())
         facts = Facts(
-            experts.shape[1], len(self.layout.inputs), self.layout.gated, self.act, settings.current.low_memory
+            experts.shape[1],
+            self.config.num_experts,
+            len(self.layout.inputs),
+            self.layout.gated,
+            self.act,
+            settings.current.low_memory,
         )
         y = experts_mlp(
             flat,
             kept,
-            rows,
+            experts,
             draw_seed(x.device) if drops else None,
             [part.frozen(dtype) for part in parts.values()],
             facts,

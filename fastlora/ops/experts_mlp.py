@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora import settings
 from fastlora.math.activations import activation
-from fastlora.math.segments import Segments
+from fastlora.math.segments import Segments, segments
 from fastlora.ops import experts_schema
 from fastlora.ops.experts import PARTS, Frozen, base_backward, base_forward, put_together, take_apart
 from fastlora.ops.lora import _direct
@@ -28,7 +28,7 @@ class Facts(NamedTuple):
     """The static facts of a mixture of MLPs.
 
     Attributes:
-        slots: S.
+        slots: S. experts: E.
         inputs: how many projections read x: two (gate, up), or one that holds both, gate first, or one alone (`gated`
             False: fc1).
         gated: whether the activated half is multiplied by the other.
@@ -37,30 +37,61 @@ class Facts(NamedTuple):
     """
 
     slots: int
+    experts: int
     inputs: int
     gated: bool
     act: str | Callable[[Tensor], Tensor]
     low_memory: bool
 
 
-def _repeat(t: Tensor, slots: int) -> Tensor:
-    """t [T, n] -> fresh rows [T S, n], each token's side by side."""
-    return t[:, None].expand(-1, slots, -1).reshape(-1, t.shape[1]) if slots > 1 else t.clone()
+class _Scratch:
+    """Buffers that the chunks of one call share: fresh pages would cost more than what is written to them."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """[rows, columns] of anything, in the dtype of `like`; the same memory for the same name."""
+        (rows, columns), found = shape, self.held.get(name)
+        if found is None or found.shape[0] < rows:
+            found = self.held[name] = like.new_empty((rows, columns))
+        return found if found.shape[0] == rows else found[:rows]
+
+    def repeat(self, name: str, t: Tensor, slots: int) -> Tensor:
+        """t [T, n] -> rows [T S, n], each token's side by side."""
+        rows = self.take(name, (t.shape[0] * slots, t.shape[1]), t)
+        rows.view(-1, slots, t.shape[1]).copy_(t[:, None])
+        return rows
+
+    def spread(self, name: str, t: Tensor, w: Tensor) -> Tensor:
+        """t [T, n], w [T, S] -> rows [T S, n] of w t."""
+        rows = self.take(name, (w.numel(), t.shape[1]), t)
+        torch.mul(t[:, None], w[..., None], out=rows.view(*w.shape, t.shape[1]))
+        return rows
 
 
-def _combine(rows: Tensor, w: Tensor) -> Tensor:
-    """rows [T S, n], w [T, S] -> sum over a token's slots of w row, in at least fp32: [T, n]."""
+def _combine(rows: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """rows [T S, n], w [T, S] -> sum over a token's slots of w row, in at least fp32: [T, n]; into `out` if given."""
     view = rows.view(*w.shape, rows.shape[1])
-    if rows.dtype == w.dtype:
-        return torch.bmm(w[:, None], view)[:, 0]
-    total = view[:, 0] * w[:, 0, None]
-    for slot in range(1, w.shape[1]):
-        total += view[:, slot] * w[:, slot, None]
-    return total
+    if rows.dtype == w.dtype and w.shape[1] > 4:
+        total = torch.bmm(w[:, None], view)[:, 0]
+    else:
+        fits = out is not None and out.dtype == w.dtype
+        total = torch.mul(view[:, 0], w[:, 0, None], out=out) if fits else view[:, 0] * w[:, 0, None]
+        for slot in range(1, w.shape[1]):
+            total.addcmul_(view[:, slot].to(total.dtype), w[:, slot, None].to(total.dtype))
+    return total if out is None or total is out else out.copy_(total)
 
 
-def _sum_slots(rows: Tensor, slots: int) -> Tensor:
-    return rows.view(-1, slots, rows.shape[1]).sum(1) if slots > 1 else rows
+def _sum_slots(rows: Tensor, slots: int, out: Tensor) -> None:
+    """rows [T S, n] -> their sum over a token's slots, into out [T, n]."""
+    view = rows.view(-1, slots, rows.shape[1])
+    if slots == 1:
+        out.copy_(rows)
+    elif slots == 2:
+        torch.add(view[:, 0], view[:, 1], out=out)
+    else:
+        torch.sum(view, 1, out=out)
 
 
 class _Side(NamedTuple):
@@ -93,7 +124,8 @@ def _add(
     frozen = side.frozen
     group = (side.a, side.b, side.mag, frozen.norm, frozen.scale, frozen.p, frozen.stream)
     body = experts_schema.experts_fwd if _direct(x, side.a, side.b, side.mag, y) else _ops.experts_fwd
-    return body(x, y, bias, *group, *rows, mask, side.flags | train, settings.current.backend)
+    h, z = body(x, y, bias, *group, *rows, mask, side.flags | train, settings.current.backend)
+    return h if train else None, z if train and side.flags & DORA else None
 
 
 def _add_backward(
@@ -110,11 +142,13 @@ def _add_backward(
         return None, None, None
     frozen = side.frozen
     flags = side.flags | NEED_DX * (dx is not None)
-    flags |= sum(bit for bit, need in zip((NEED_DA, NEED_DB, NEED_DMAG), needs, strict=True) if need)
+    bits = (NEED_DA, NEED_DB, NEED_DMAG)
+    flags |= sum(bit for bit, need in zip(bits, needs, strict=True) if need)
     group = (side.a, side.b, side.mag, frozen.norm, frozen.scale, frozen.p, frozen.stream)
     body = experts_schema.experts_bwd if _direct(dy, side.a, side.b, side.mag, x, dx) else _ops.experts_bwd
-    da, db, dmag = body(dy, x, dx, *group, *rows, *saved, flags, settings.current.backend)
-    return da, db, dmag if dmag is None or side.mag is None else dmag.to(side.mag.dtype)
+    found = body(dy, x, dx, *group, *rows, *saved, flags, settings.current.backend)
+    da, db, dmag = (grad if flags & bit else None for grad, bit in zip(found, bits, strict=True))
+    return da, db, dmag
 
 
 def _through_dora(side: _Side, d: Tensor, rows: Segments) -> Tensor:
@@ -135,21 +169,68 @@ def _halves(zs: list[Tensor], gated: bool) -> tuple[Tensor, Tensor | None]:
     return gate, up
 
 
-def _hidden(zs: list[Tensor], facts: Facts) -> Tensor:
-    """act(gate) * up."""
+def _hidden(zs: list[Tensor], facts: Facts, scratch: _Scratch | None = None) -> tuple[Tensor, Tensor]:
+    """act(gate), and the hidden rows act(gate) * up; without scratch the z are overwritten."""
     gate, up = _halves(zs, facts.gated)
-    out = activation(facts.act).forward(gate)
-    return out if up is None else out.mul_(up)
+    own = gate if scratch is None else scratch.take("acted", gate.shape, gate)
+    acted = activation(facts.act).forward(gate, own)
+    if up is None:
+        return acted, acted
+    return acted, torch.mul(acted, up, out=acted if scratch is None else scratch.take("hidden", up.shape, up))
 
 
-def _hidden_backward(d: Tensor, zs: list[Tensor], facts: Facts) -> list[Tensor]:
-    """d of the hidden rows -> d of each projection's rows."""
+def _hidden_backward(d: Tensor, zs: list[Tensor], acted: Tensor, spare: Tensor, facts: Facts) -> list[Tensor]:
+    """d of the hidden rows -> d of each projection's rows; the z, `acted` and `spare` are overwritten."""
     gate, up = _halves(zs, facts.gated)
     act = activation(facts.act)
     if up is None:
-        return [act.backward(d, gate)]
-    parts = [act.backward(d * up, gate), act.forward(gate).mul_(d)]
-    return parts if facts.inputs == 2 else [torch.cat(parts, -1)]
+        return [act.backward(d, gate, gate)]
+    through = torch.mul(d, up, out=spare)
+    if facts.inputs == 2:
+        return [act.backward(through, gate, gate), acted.mul_(d)]
+    act.backward(through, gate, gate)
+    torch.mul(acted, d, out=up)
+    return zs
+
+
+class _Chunk(NamedTuple):
+    """Some tokens, their rows, and whose they are."""
+
+    tokens: slice
+    rows: slice
+    owners: Segments
+
+
+# Bytes of one chunk's rows at one width on a CPU (2026-11, AMD Zen 4, 32 MiB of L3): what is formed stays in the cache.
+_CHUNK_BYTES = 2 << 20
+
+
+def _chunks(experts: Tensor, count: int, width: int, itemsize: int) -> list[_Chunk]:
+    """experts [T, S] -> one chunk; on a CPU, where a pass over all rows would go through memory, several."""
+    tokens, slots = experts.shape
+    size = tokens
+    if experts.device.type == "cpu" and not torch.compiler.is_compiling():
+        size = max(64, _CHUNK_BYTES // (width * itemsize * slots))
+    flat = experts.reshape(-1)
+    if size >= tokens:
+        return [_Chunk(slice(None), slice(None), segments(flat, count))]
+    found = []
+    for start in range(0, tokens, size):
+        rows = slice(start * slots, min(tokens, start + size) * slots)
+        found.append(_Chunk(slice(start, start + size), rows, segments(flat[rows], count)))
+    return found
+
+
+def _masks(sides: Sequence[_Side], experts: Tensor, count: int, seed: Tensor | None) -> list[Tensor | None]:
+    """The dropout bits of all rows, for each linear."""
+    if seed is None:
+        return [None] * len(sides)
+    owners = segments(experts.reshape(-1), count)
+    return [_mask(side, owners, seed) for side in sides]
+
+
+def _part(t: Tensor | None, at: slice) -> Tensor | None:
+    return None if t is None else t[at]
 
 
 class ExpertsMLP(torch.autograd.Function):
@@ -159,9 +240,9 @@ class ExpertsMLP(torch.autograd.Function):
     hbar = sum_j w_j act(z1) z3, beside what W2's adapters add to each row. In the backward g = W2^T dy is shared too:
     dw_j = <g + s A2^T B2^T dy, hidden_j>. With DoRA on W2 its product is formed for every row.
 
-    x [T, k], w [T, S], then a [E, r, k], b [E, n, r], mag [E, n] of each input projection and of W2 -> y [T, out].
-    Saved: x, w, c1, c3, every h [T S, r], dropout bits (low memory: the seed), of DoRA on W2 its z [T S, out], the
-    rows' order, references to the parameters. The rows of z and hidden are formed again.
+    x [T, k], w [T, S], experts int64 [T, S], then a [E, r, k], b [E, n, r], mag [E, n] of each input projection and of
+    W2 -> y [T, out]. Saved: x, w, experts, c1, c3, every h [T S, r], dropout bits (low memory: the seed), of DoRA on W2
+    its z [T S, out], references to the parameters. The rows of z and hidden are formed again.
     """
 
     @staticmethod
@@ -169,7 +250,7 @@ class ExpertsMLP(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         w: Tensor,
-        rows: Segments,
+        experts: Tensor,
         seed: Tensor | None,
         layers: tuple[Frozen, ...],
         facts: Facts,
@@ -178,40 +259,30 @@ class ExpertsMLP(torch.autograd.Function):
         """See above."""
         sides = _sides(layers, tensors)
         with torch.amp.autocast(x.device.type, enabled=False):
-            y, saved = mlp_forward(x, w, rows, seed, sides, facts, TRAIN)
+            y, saved = _mlp_forward(x, w, experts, seed, sides, facts, TRAIN)
         ctx.layer_facts, held = [], []
         for layer in layers:
             parts, fact = take_apart(layer)
             ctx.layer_facts.append(fact)
             held += parts
         ctx.facts, ctx.counts = facts, (len(held), len(tensors))
-        ctx.save_for_backward(x, w, *rows, seed, *held, *tensors, *saved)
+        ctx.save_for_backward(x, w, experts, seed, *held, *tensors, *saved)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         """dy [T, out] -> dx, dw, and da, db, dmag of every projection, each only if its input needs it."""
-        x, w, owner, order, offsets, seed, *rest = ctx.saved_tensors
+        x, w, experts, seed, *rest = ctx.saved_tensors
         held, tensors = rest[: ctx.counts[0]], rest[ctx.counts[0] : sum(ctx.counts)]
-        layers = tuple(
+        layers = [
             put_together(held[at : at + PARTS], fact)
             for at, fact in zip(range(0, len(held), PARTS), ctx.layer_facts, strict=True)
-        )
-        sides, saved = _sides(layers, tensors), rest[sum(ctx.counts) :]
-        (need_x, need_w), needs = ctx.needs_input_grad[:2], ctx.needs_input_grad[6:]
+        ]
+        saved = rest[sum(ctx.counts) :]
         with torch.amp.autocast(x.device.type, enabled=False):
-            dx, dw, grads = _mlp_backward(
-                dy.contiguous(),
-                x,
-                w,
-                Segments(owner, order, offsets),
-                seed,
-                sides,
-                ctx.facts,
-                saved,
-                (need_x, need_w, needs),
-            )
+            call = _Backward(x, w, experts, seed, _sides(layers, tensors), ctx.facts, saved, ctx.needs_input_grad)
+            dx, dw, grads = call.run(dy.contiguous())
         return dx, dw, None, None, None, None, *grads
 
 
@@ -219,124 +290,170 @@ def _sides(layers: Sequence[Frozen], tensors: Sequence[Any]) -> list[_Side]:
     return [_Side(layer, *tensors[3 * at : 3 * at + 3]) for at, layer in enumerate(layers)]
 
 
-def mlp_forward(
-    x: Tensor, w: Tensor, rows: Segments, seed: Tensor | None, sides: Sequence[_Side], facts: Facts, train: int
+def _mlp_forward(
+    x: Tensor, w: Tensor, experts: Tensor, seed: Tensor | None, sides: Sequence[_Side], facts: Facts, train: int
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """y, and under `train` what the backward needs: (c, h, mask) of each input projection, then (h, mask, z) of W2."""
+    """y, and under `train` what the backward needs: every c, then every h, every mask, and z of W2."""
     *inputs, down = sides
-    saved: list[Tensor | None] = []
-    xr, zs = _repeat(x, facts.slots) if facts.slots > 1 else x, []
-    for side in inputs:
-        c, mask = base_forward(x, side.frozen), _mask(side, rows, seed)
-        z = _repeat(c, facts.slots)
-        # z of DoRA is formed again in the backward.
-        h, _ = _add(side, xr, z, side.frozen.bias, rows, mask, train)
-        saved += [c, h, None if facts.low_memory else mask]
-        zs.append(z)
-    hidden = _hidden(zs, facts)
-    mask = _mask(down, rows, seed)
-    bias, h, z2 = down.frozen.bias, None, None
-    if down.mag is not None:
-        y_rows = base_forward(hidden, down.frozen)
-        h, z2 = _add(down, hidden, y_rows, bias, rows, mask, train)
-        y = _combine(y_rows, w)
-    else:
-        y = base_forward(_combine(hidden, w).to(x.dtype), down.frozen, bias=False)
-        if bias is not None:
-            y = y + w.sum(-1, keepdim=True) * bias
-        if down.a is not None:
-            delta = y.new_zeros((hidden.shape[0], y.shape[1]), dtype=x.dtype)
-            h, _ = _add(down, hidden, delta, None, rows, mask, train)
-            y = y + _combine(delta, w)
-    saved += [h, None if facts.low_memory else mask, z2]
-    return y.to(x.dtype), saved
+    cs = [base_forward(x, side.frozen) for side in inputs]
+    masks = _masks(sides, experts, facts.experts, seed)
+    dora = down.mag is not None
+    out, width = down.frozen.weight.shape
+    y = x.new_empty((x.shape[0], out), dtype=w.dtype)
+    seen = x.new_empty((x.shape[0], width)) if not dora else None  # hbar
+    kept: list[list[Tensor | None]] = []
+    scratch, slots = _Scratch(), facts.slots
+    for chunk in _chunks(experts, facts.experts, width, x.element_size()):
+        hs: list[Tensor | None] = []
+        xr, zs = scratch.repeat("x", x[chunk.tokens], slots), []
+        for place, (side, c, mask) in enumerate(zip(inputs, cs, masks[:-1], strict=True)):
+            z = scratch.repeat(f"z{place}", c[chunk.tokens], slots)
+            h, _ = _add(side, xr, z, side.frozen.bias, chunk.owners, _part(mask, chunk.rows), train)
+            hs.append(h)
+            zs.append(z)
+        (_, hidden), part = _hidden(zs, facts), w[chunk.tokens]
+        none = scratch.take("rows", (hidden.shape[0], out), x)
+        rows = base_forward(hidden, down.frozen) if dora else none.zero_()
+        bias = down.frozen.bias if dora else None
+        h, z2 = _add(down, hidden, rows, bias, chunk.owners, _part(masks[-1], chunk.rows), train)
+        kept.append([*hs, h, z2])
+        if seen is not None:
+            _combine(hidden, part, seen[chunk.tokens])
+        _combine(rows, part, y[chunk.tokens])
+    if seen is not None:
+        y += base_forward(seen, down.frozen, bias=False)
+        if down.frozen.bias is not None:
+            y += w.sum(-1, keepdim=True) * down.frozen.bias
+    if not train:
+        return y.to(x.dtype), []
+    rowwise = [None if p[0] is None else torch.cat(p) if len(p) > 1 else p[0] for p in zip(*kept, strict=True)]
+    held = [None] * len(masks) if facts.low_memory else masks
+    return y.to(x.dtype), [*cs, *rowwise[:-1], *held, rowwise[-1]]
 
 
-def _down_backward(
-    dy: Tensor,
-    w: Tensor,
-    hidden: Tensor,
-    rows: Segments,
-    side: _Side,
-    saved: Sequence[Tensor | None],
-    need_w: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-    """dy [T, out] -> d of the hidden rows, dw, and da, db, dmag of W2's experts."""
-    h, mask, z = saved
-    slots = w.shape[1]
-    dw, flat, bias = None, w.reshape(-1, 1), side.frozen.bias
-    dy_rows = _repeat(dy, slots) if slots > 1 else dy
-    if side.mag is not None:
-        norm = side.frozen.norm
-        assert z is not None and norm is not None
-        weighted = (dy_rows * flat).to(dy.dtype)
-        d = base_backward(_through_dora(side, weighted, rows), side.frozen)
-        grads = _add_backward(side, weighted, hidden, d, rows, (h, mask, z), needs)
-        if need_w:
-            dw = (_through_dora(side, dy_rows, rows) * z).sum(-1, dtype=w.dtype).view_as(w)
-    else:
-        d = _repeat(base_backward(dy, side.frozen), slots)
-        seen = (hidden * flat).to(hidden.dtype)
-        grads = _add_backward(
-            side, dy_rows, seen, d, rows, (None if h is None else h * flat.to(h.dtype), mask, None), needs
-        )
-        if need_w:
-            dw = (d * hidden).sum(-1, dtype=w.dtype).view_as(w)
-        d = (d * flat).to(d.dtype) if d.dtype != flat.dtype else d.mul_(flat)
-    if dw is not None and bias is not None:
-        dw = dw + (dy @ bias.to(dy.dtype))[:, None]
-    return d, dw, grads
+class _Backward:
+    """One backward of `ExpertsMLP`: what it was given, and what has been summed over the chunks so far."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        w: Tensor,
+        experts: Tensor,
+        seed: Tensor | None,
+        sides: list[_Side],
+        facts: Facts,
+        saved: Sequence[Tensor | None],
+        needs: Sequence[bool],
+    ) -> None:
+        self.x, self.w, self.facts = x, w, facts
+        self.inputs, self.down = sides[:-1], sides[-1]
+        count = len(sides)
+        self.cs, self.hs = saved[: count - 1], saved[count - 1 : 2 * count - 1]
+        self.masks, self.z2 = list(saved[2 * count - 1 : 3 * count - 1]), saved[-1]
+        if facts.low_memory and seed is not None:
+            self.masks = _masks(sides, experts, facts.experts, seed)
+        self.need_x, self.need_w, self.needs = needs[0], needs[1], needs[6:]
+        width = self.down.frozen.weight.shape[1]
+        self.chunks = _chunks(experts, facts.experts, width, x.element_size())
+        self.sums: list[Tensor | None] = [None] * (3 * count)
+        self.scratch = _Scratch()
+
+    def run(self, dy: Tensor) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """dy [T, out] -> dx, dw, and each linear's da, db, dmag."""
+        x, w = self.x, self.w
+        # W2^T dy, which every slot of a token shares; with DoRA each row has its own.
+        g = None if self.down.mag is not None else base_backward(dy, self.down.frozen)
+        dcs = [x.new_empty((x.shape[0], side.frozen.weight.shape[0])) if self.need_x else None for side in self.inputs]
+        dx = torch.empty_like(x) if self.need_x else None
+        dw = torch.empty_like(w) if self.need_w else None
+        for chunk in self.chunks:
+            at, slots = chunk.tokens, self.facts.slots
+            xr = self.scratch.repeat("x", x[at], slots)
+            zs, inner = self._again(chunk, xr)
+            acted, hidden = _hidden(zs, self.facts, self.scratch)
+            d = self._down(chunk, dy, g, hidden, dw)
+            dzs = _hidden_backward(d, zs, acted, hidden, self.facts)
+            dxr = self.scratch.take("dx", xr.shape, xr).zero_() if self.need_x else None
+            for place, (side, dz, dc) in enumerate(zip(self.inputs, dzs, dcs, strict=True)):
+                mask, h = _part(self.masks[place], chunk.rows), _part(self.hs[place], chunk.rows)
+                self._gather(place, side, dz, xr, dxr, chunk, (h, mask, inner[place]))
+                if dc is not None:
+                    _sum_slots(_through_dora(side, dz, chunk.owners), slots, dc[at])
+            if dx is not None and dxr is not None:
+                _sum_slots(dxr, slots, dx[at])
+        for side, dc in zip(self.inputs, dcs, strict=True):
+            if dx is not None and dc is not None:
+                dx += base_backward(dc, side.frozen)
+        return dx, self._dw(dy, dw), self._sums()
+
+    def _again(self, chunk: _Chunk, xr: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The input projections' z of a chunk, and what DoRA's factors multiply."""
+        zs, inner = [], []
+        for place, (side, c, mask) in enumerate(zip(self.inputs, self.cs, self.masks[:-1], strict=True)):
+            assert c is not None
+            z = self.scratch.repeat(f"z{place}", c[chunk.tokens], self.facts.slots)
+            train = TRAIN if side.mag is not None else 0
+            _, own = _add(side, xr, z, side.frozen.bias, chunk.owners, _part(mask, chunk.rows), train)
+            zs.append(z)
+            inner.append(own)
+        return zs, inner
+
+    def _down(self, chunk: _Chunk, dy: Tensor, g: Tensor | None, hidden: Tensor, dw: Tensor | None) -> Tensor:
+        """The gradient of the hidden rows; fills a chunk of dw (without the bias) and adds W2's own gradients."""
+        side, w, at = self.down, self.w[chunk.tokens], chunk.tokens
+        h, mask, z = _part(self.hs[-1], chunk.rows), _part(self.masks[-1], chunk.rows), _part(self.z2, chunk.rows)
+        rows = self.scratch.spread("dy", dy[at], w)
+        if g is not None:
+            d = self.scratch.spread("d", g[at], w)
+        else:  # DoRA: each row has its own
+            d = base_backward(_through_dora(side, rows, chunk.owners), side.frozen)
+        self._gather(len(self.inputs), side, rows, hidden, d, chunk, (h, mask, z))
+        if dw is not None and z is not None:
+            plain = self.scratch.repeat("dy", dy[at], w.shape[1])
+            dw[at] = _row_dots(_through_dora(side, plain, chunk.owners), z, w, None)
+        elif dw is not None:
+            # d holds the weight already; where that is 0 the router's own derivative is 0 too.
+            dw[at] = (_row_dots(d, hidden, w, hidden) / w).masked_fill_(w == 0, 0.0)
+        return d
+
+    def _gather(
+        self,
+        place: int,
+        side: _Side,
+        dy: Tensor,
+        x: Tensor,
+        dx: Tensor | None,
+        chunk: _Chunk,
+        saved: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ) -> None:
+        """Add a chunk's da, db, dmag of one linear."""
+        wanted = self.needs[3 * place : 3 * place + 3]
+        if dx is None and not any(wanted):
+            return
+        for at, grad in enumerate(_add_backward(side, dy, x, dx, chunk.owners, saved, wanted), 3 * place):
+            if grad is not None and len(self.chunks) > 1:
+                grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            old = self.sums[at]
+            self.sums[at] = grad if old is None or grad is None else old.add_(grad)
+
+    def _dw(self, dy: Tensor, dw: Tensor | None) -> Tensor | None:
+        bias = self.down.frozen.bias
+        return dw if dw is None or bias is None else dw + (dy @ bias.to(dy.dtype))[:, None]
+
+    def _sums(self) -> list[Tensor | None]:
+        like = [t for side in (*self.inputs, self.down) for t in (side.a, side.b, side.mag)]
+        return [None if d is None or t is None else d.to(t.dtype) for d, t in zip(self.sums, like, strict=True)]
 
 
-def _mlp_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    rows: Segments,
-    seed: Tensor | None,
-    sides: list[_Side],
-    facts: Facts,
-    saved: Sequence[Tensor | None],
-    needs: tuple[bool, bool, Sequence[bool]],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    *inputs, down = sides
-    need_x, need_w, need = needs
-    xr = _repeat(x, facts.slots) if facts.slots > 1 else x
-    zs, seen = [], []
-    for at, side in enumerate(inputs):
-        c, h, mask = saved[3 * at : 3 * at + 3]
-        assert c is not None
-        mask = _mask(side, rows, seed) if mask is None else mask
-        z = _repeat(c, facts.slots)
-        dora = TRAIN if side.mag is not None else 0
-        _, inner = _add(side, xr, z, side.frozen.bias, rows, mask, dora)
-        zs.append(z)
-        seen.append((h, mask, inner))
-    hidden = _hidden(zs, facts)
-    h, mask, z2 = saved[3 * len(inputs) :]
-    mask = _mask(down, rows, seed) if mask is None else mask
-    d, dw, down_grads = _down_backward(dy, w, hidden, rows, down, (h, mask, z2), need_w, need[-3:])
-    del hidden
-    dzs = _hidden_backward(d, zs, facts)
-    del zs, d
-    dx, dxr = None, torch.zeros_like(xr) if need_x else None
-    grads: list[Tensor | None] = []
-    for at, side in enumerate(inputs):
-        dz = dzs[at]
-        grads += _add_backward(side, dz, xr, dxr, rows, seen[at], need[3 * at : 3 * at + 3])
-        if need_x:
-            part = base_backward(_sum_slots(_through_dora(side, dz, rows), facts.slots), side.frozen)
-            dx = part if dx is None else dx + part
-    if dxr is not None and dx is not None:
-        dx = dx + _sum_slots(dxr, facts.slots)
-    return dx, dw, [*grads, *down_grads]
+def _row_dots(a: Tensor, b: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
+    """The inner product of each row of a [T S, n] with that of b, as `like` [T, S]; `out` may be overwritten."""
+    return torch.mul(a, b, out=out).sum(-1, dtype=like.dtype).view_as(like)
 
 
 def experts_mlp(
     x: Tensor,
     w: Tensor,
-    rows: Segments,
+    experts: Tensor,
     seed: Tensor | None,
     layers: Sequence[Frozen],
     facts: Facts,
@@ -344,7 +461,7 @@ def experts_mlp(
 ) -> Tensor:
     """`ExpertsMLP`, or its forward alone where nothing needs a gradient."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, *tensors)):
-        y: Tensor = ExpertsMLP.apply(x, w, rows, seed, tuple(layers), facts, *tensors)
+        y: Tensor = ExpertsMLP.apply(x, w, experts, seed, tuple(layers), facts, *tensors)
         return y
     with torch.amp.autocast(x.device.type, enabled=False):
-        return mlp_forward(x, w, rows, seed, _sides(layers, tensors), facts, 0)[0]
+        return _mlp_forward(x, w, experts, seed, _sides(layers, tensors), facts, 0)[0]

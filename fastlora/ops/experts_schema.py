@@ -5,6 +5,7 @@ a mixture of experts forms the base once for a token and repeats it for each exp
   experts_mask -> mask uint8 [m, ceil(k/8)]: row i by the stream and p of its own expert
   experts_fwd  -> h fp32 [m, r] and, under DORA and TRAIN, z [m, n]; y is changed in place
   experts_bwd  -> da [E, r, k], db [E, n, r], dmag [E, n] fp32, those NEED_* asks for; dx, if given, is changed in place
+An op that changes an argument may not return an optional tensor: what is not asked for is an empty one.
 Expert e's dropout stream is `stream` + e. Experts without a row get gradients of 0. DoRA's base term is never dropped.
 """
 
@@ -93,31 +94,31 @@ def _(
 
 @op(
     f"experts_fwd(Tensor x, Tensor(a!) y, Tensor? bias, {_EXPERTS}, Tensor? mask, int flags, str backend) "
-    "-> (Tensor?, Tensor?)"
+    "-> (Tensor, Tensor)"
 )
-def experts_fwd(x: Tensor, y: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor | None, Tensor | None]:
+def experts_fwd(x: Tensor, y: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     """Body of the op; arguments as its schema."""
     a, b, mag, norm, scale, p, stream, owner, order, offsets, mask, flags, backend = args
     group = _group(a, b, mag, norm, scale, p, stream, _kind(flags))
     problem = _problem("grouped_fwd", x.shape[0], x.dtype, a, b, flags | _kind(flags))
     h, z = _run(problem, backend, x, y, bias, group, Segments(owner, order, offsets), mask, None)
-    return h, z
+    return x.new_empty(0) if h is None else h, x.new_empty(0) if z is None else z
 
 
 @fake("experts_fwd")
-def _(x: Tensor, y: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor | None, Tensor | None]:
+def _(x: Tensor, y: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     a, flags = args[0], args[-2]
     if not flags & TRAIN:
-        return None, None
+        return x.new_empty(0), x.new_empty(0)
     h = x.new_empty((x.shape[0], a.shape[1]), dtype=_accumulator(x.dtype))
-    return h, torch.empty_like(y) if flags & DORA else None
+    return h, torch.empty_like(y) if flags & DORA else x.new_empty(0)
 
 
 @op(
     f"experts_bwd(Tensor dy, Tensor? x, Tensor(a!)? dx, {_EXPERTS}, Tensor? h, Tensor? mask, Tensor? z, int flags, "
-    "str backend) -> (Tensor?, Tensor?, Tensor?)"
+    "str backend) -> (Tensor, Tensor, Tensor)"
 )
-def experts_bwd(dy: Tensor, x: Tensor | None, dx: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+def experts_bwd(dy: Tensor, x: Tensor | None, dx: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """Body of the op; arguments as its schema."""
     a, b, mag, norm, scale, p, stream, owner, order, offsets, h, mask, z, flags, backend = args
     kind = _kind(flags)
@@ -126,15 +127,15 @@ def experts_bwd(dy: Tensor, x: Tensor | None, dx: Tensor | None, *args: Any) -> 
     found = _run(problem, backend, dy, x, group, Segments(owner, order, offsets), h, mask, z, dx, None)
     wanted = [bit for bit in (NEED_DA, NEED_DB, NEED_DMAG) if flags & bit]
     stacks = {bit: torch.stack(found[place :: len(wanted)]) for place, bit in enumerate(wanted)}
-    return stacks.get(NEED_DA), stacks.get(NEED_DB), stacks.get(NEED_DMAG)
+    return tuple(stacks[bit] if flags & bit else dy.new_empty(0) for bit in (NEED_DA, NEED_DB, NEED_DMAG))
 
 
 @fake("experts_bwd")
-def _(dy: Tensor, x: Tensor | None, dx: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
+def _(dy: Tensor, x: Tensor | None, dx: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     a, b, flags = args[0], args[1], args[-2]
     sums = dy.new_empty(b.shape[:2], dtype=_accumulator(dy.dtype))
     return (
-        torch.empty_like(a) if flags & NEED_DA else None,
-        torch.empty_like(b) if flags & NEED_DB else None,
-        sums if flags & NEED_DMAG else None,
+        torch.empty_like(a) if flags & NEED_DA else dy.new_empty(0),
+        torch.empty_like(b) if flags & NEED_DB else dy.new_empty(0),
+        sums if flags & NEED_DMAG else dy.new_empty(0),
     )
