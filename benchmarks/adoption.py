@@ -8,9 +8,8 @@ and accelerated. At every step the accelerated loss may differ from the referenc
 PEFT's other two runs have shown up to that step. With dropout, PEFT drops by our masks and scale, since the streams of
 the two differ. Adapters and compute are fp32; the loss is taken in float64, so that its own rounding hides nothing.
 
-The kinds in `SHORT` run an eighth of the steps, to keep the whole at some fifteen minutes of one core. SmolLM2 has no
-biases in its linears, so `bias="all"` has nothing to train here: tests/test_accelerate_training.py runs it on a model
-that has.
+The whole takes some forty minutes of one core. SmolLM2 has no biases in its linears, so `bias="all"` has nothing to
+train here: tests/test_accelerate_training.py runs it on a model that has.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "nf4": ({"nested": False}, {}),
     "nf4 nested, dora, dropout 0.05": ({"nested": True}, {"use_dora": True, "lora_dropout": 0.05}),
 }
-SHORT = ("rslora", "lora_bias", "lora, dropout 0.1", "nf4", "nf4 nested, dora, dropout 0.05")
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
@@ -116,8 +114,7 @@ def measure(kinds: Sequence[str], steps: int, tiny: bool) -> dict[str, Any]:
     model, batches = _tiny() if tiny else _real(TOKENS)
     results = []
     for kind in kinds:
-        count = max(1, steps // 8) if kind in SHORT else steps
-        results.append(compare(model, [batches[step % len(batches)] for step in range(count)], kind))
+        results.append(compare(model, [batches[step % len(batches)] for step in range(steps)], kind))
         print(f"{kind}: {results[-1]['seconds']} s", file=sys.stderr, flush=True)
     return {
         "schema": SCHEMA,
@@ -196,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adoption", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS / "adoption.json")
     parser.add_argument("--png", type=Path, default=RESULTS / "adoption.png")
-    parser.add_argument("--steps", type=int, default=50, help="of a run (an eighth of it for some kinds)")
+    parser.add_argument("--steps", type=int, default=50, help="of each run")
     parser.add_argument("--kinds", choices=tuple(KINDS), nargs="+", default=tuple(KINDS))
     parser.add_argument("--tiny", action="store_true", help="a made-up small model; needs --json and --png")
     chosen = parser.parse_args(arguments)
