@@ -18,10 +18,11 @@ RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "resul
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; None becomes a dash."""
+    """A Markdown table of figures; None becomes a dash."""
     titles = list(head)
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
-    return "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    return f'<div class="figures" markdown>\n\n{text}\n\n</div>'
 
 
 def figure(value: float | None, digits: int = 3) -> str | None:

@@ -35,9 +35,14 @@ def commands() -> dict[str, Any]:
     return {name: command for name, command in sorted(group.commands.items()) if not command.hidden}
 
 
+def shown_name(argument: Any) -> str:
+    """An argument as the usage line shows it."""
+    return str(argument.metavar or argument.name.upper())
+
+
 def _row(parameter: Any) -> list[str]:
     argument = parameter.param_type_name == "argument"
-    name = parameter.human_readable_name if argument else ", ".join(parameter.opts)
+    name = shown_name(parameter) if argument else ", ".join(parameter.opts)
     if not argument and parameter.secondary_opts:
         name += f" / {', '.join(parameter.secondary_opts)}"
     default = parameter.default
@@ -50,7 +55,7 @@ def reference() -> str:
     """A section for each command: what it does, how it is called, its arguments and options."""
     parts = []
     for name, command in commands().items():
-        arguments = [each.human_readable_name for each in command.params if each.param_type_name == "argument"]
+        arguments = [shown_name(each) for each in command.params if each.param_type_name == "argument"]
         rows = [_row(each) for each in command.params if getattr(each, "name", "") != "help"]
         lines = [f"## fastlora {name}", command.help or ""]
         lines.append("```text\n" + " ".join(["fastlora", name, *arguments, "[OPTIONS]"]) + "\n```")

@@ -55,8 +55,10 @@ class LoraConfig:
         adapter_dtype: of A, B and the magnitude.
         target_modules: "all-linear", a regular expression, or a list of name endings.
         exclude_modules: a regular expression or a list of name endings to leave out.
-        rank_pattern, alpha_pattern: name pattern -> r or lora_alpha for the modules it matches.
-        layers_to_transform, layers_pattern: only these layer indices, of lists so named.
+        rank_pattern: name pattern -> r for the modules it matches.
+        alpha_pattern: name pattern -> lora_alpha for the modules it matches.
+        layers_to_transform: only these layer indices.
+        layers_pattern: the names of the lists that the indices count in.
         modules_to_save: name endings of further modules trained in full.
         bias: "none", "all" (every bias of the model trains) or "lora_only" (those of adapted layers).
 
@@ -203,7 +205,8 @@ class AdaLoraConfig(LoraConfig):
         tinit: steps before ranks are first pruned.
         tfinal: steps at the end with the pattern frozen.
         deltaT: steps between two allocations.
-        beta1, beta2: of the moving averages of sensitivity and uncertainty, in (0, 1).
+        beta1: of the moving average of sensitivity, in (0, 1).
+        beta2: of the moving average of uncertainty, in (0, 1).
         orth_reg_weight: of `fastlora.adalora.orthogonal_penalty`.
         total_step: optimizer steps of the whole run; must be given.
         init_lora_weights: True (E = 0, A and B normal with std 0.02) or False (all normal with std 1, for tests).

@@ -191,7 +191,7 @@ def test_command_reference_names_every_option():
         section = text.partition(f"## fastlora {name}\n")[2].partition("\n## ")[0]
         assert section
         for parameter in command.params:
-            wanted = parameter.opts[-1] if parameter.param_type_name == "option" else parameter.human_readable_name
+            wanted = parameter.opts[-1] if parameter.param_type_name == "option" else gen_commands.shown_name(parameter)
             assert wanted in section, f"{name}: {wanted}"
 
 

@@ -31,7 +31,8 @@ class Limits:
         adapter_dtypes: dtypes of a and b.
         formats: weight kinds ("dense", "nf4", "fp4").
         flags: the `Problem.flags` bits it honours.
-        max_m, max_r: largest token count and rank.
+        max_m: largest token count.
+        max_r: largest rank.
         missing: why it cannot run at all here (package absent, library not built); "" when it can.
         also: one more reason why it cannot run a problem, where the fields above cannot say it; "" when it can.
     """

@@ -43,7 +43,9 @@ class LoraLinear(AdaptedLinear):
     Attributes:
         weight: Parameter [out, in], frozen.
         bias: Parameter [out] or None, frozen unless config.bias says otherwise.
-        lora_A, lora_B, lora_magnitude: adapter name -> [r, in], [out, r], [out] (the last only for DoRA).
+        lora_A: adapter name -> [r, in].
+        lora_B: adapter name -> [out, r].
+        lora_magnitude: adapter name -> [out] (only DoRA).
         lora_E: adapter name -> [r, 1] (only AdaLoRA).
         scaling: adapter name -> float.
         active_adapters: names whose contribution is added, in order.
@@ -123,8 +125,8 @@ class QLoraLinear(AdaptedLinear):
         config, adapter_name, config_fields: as `LoraLinear`.
 
     Attributes:
-        weight: QuantizedWeight of shape [out, in] (a dense Parameter while merged).
-        and those of `LoraLinear`.
+        weight: QuantizedWeight of shape [out, in] (a dense Parameter while merged). The others are those of
+            `LoraLinear`.
 
     Raises:
         ConfigError, ShapeError, DtypeError: a format, field or size that does not fit.

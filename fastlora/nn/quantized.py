@@ -34,10 +34,14 @@ class QuantizedWeight(nn.Module):
     Attributes:
         packed: uint8 [ceil(numel/2), 1]; element 2i is the high nibble of byte i.
         absmax: uint8 [blocks, 4], the bytes of fp32; or uint8 [blocks], 8-bit codes, when nested.
-        nested_absmax, nested_offset: uint8 [ceil(blocks/256), 4] and [1, 4], the bytes of fp32; or None.
+        nested_absmax: uint8 [ceil(blocks/256), 4], the bytes of fp32; or None.
+        nested_offset: uint8 [1, 4], the bytes of fp32; or None.
         code_table: uint8 [16, 4], a per-tensor table's bytes; None for the standard table (see `code`).
         quant_state: uint8 [256], the static facts as JSON.
-        shape, blocksize, quant_type, dtype: of the dense weight; dtype is what `dequantize()` gives.
+        shape: of the dense weight.
+        blocksize: weights that share one scale.
+        quant_type: "nf4" or "fp4".
+        dtype: what `dequantize()` gives.
         absmax_on_grid: every absmax is a bf16 value (a merge into it would swallow small deltas).
     """
 
