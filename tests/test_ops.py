@@ -14,6 +14,7 @@ from fastlora.math import nf4, philox
 from fastlora.ops import schema
 from fastlora.ops.lora import draw_seed
 from fastlora.problem import NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX
+from tests import experts_tools
 from tests.many_tools import op_samples
 
 backends.load()
@@ -78,7 +79,8 @@ def test_opcheck_draw_seed():
 
 def test_every_op_is_checked():
     names = {name.removeprefix("fastlora::") for name in torch._C._dispatch_get_all_op_names() if "fastlora::" in name}
-    assert names == {sample[0] for sample in (*_samples(), *op_samples())} | {"draw_seed"}
+    samples = (*_samples(), *op_samples(), *experts_tools.op_samples())
+    assert names == {sample[0] for sample in samples} | {"draw_seed"}
 
 
 def _layers():

@@ -181,6 +181,8 @@ def mlp(
     act: Callable[[Tensor], Tensor],
     *,
     keep_input: bool = False,
+    keeps: Sequence[Tensor] | None = None,
+    keep_scale: float = 1.0,
 ) -> Tensor:
     """y = sum_j w_j FFN_{e_j}(x), FFN(x) = W2'(act(W1' x) * W3' x); every W' is the base with expert e's adapter.
 
@@ -188,18 +190,24 @@ def mlp(
         x: [T, in]. projections: (gate, up), (one that holds both, gate first), or with act alone (fc1,) where its
             width is that of down.
         keep_input: switch: a slot without expert contributes w x.
+        keeps: dropout: what each of (*projections, down) keeps of its adapters' input, [T S, k] each.
     """
     y = torch.zeros_like(x)
+    slots = routing.experts.shape[1]
     experts = int(max(p.b.shape[0] for p in (*projections, down) if p.b is not None))
-    for slot in range(routing.experts.shape[1]):
+    for slot in range(slots):
         for e in range(experts):
             rows = (routing.experts[:, slot] == e).nonzero()[:, 0]
             seen = x[rows]
-            parts = [expert_linear(seen, layer, e) for layer in projections]
+            kept = [None if keeps is None else keep[rows * slots + slot] for keep in keeps or (*projections, down)]
+            parts = [
+                expert_linear(seen, layer, e, keep, keep_scale)
+                for layer, keep in zip(projections, kept[:-1], strict=True)
+            ]
             if len(parts) == 1 and parts[0].shape[1] == 2 * down.weight.shape[1]:
                 parts = list(parts[0].chunk(2, -1))
             hidden = act(parts[0]) if len(parts) == 1 else act(parts[0]) * parts[1]
-            part = routing.weights[rows, slot, None] * expert_linear(hidden, down, e)
+            part = routing.weights[rows, slot, None].to(x.dtype) * expert_linear(hidden, down, e, kept[-1], keep_scale)
             y = y.index_add(0, rows, part.to(y.dtype))
         if keep_input:
             lost = (routing.experts[:, slot] == experts)[:, None]
@@ -207,12 +215,15 @@ def mlp(
     return y
 
 
-def gated_linear(x: Tensor, gates: Tensor, layer: Experts) -> Tensor:
-    """y = x W^T + bias + sum_e gates[:, e] s x A_e^T B_e^T; gates [T, E], 0 where an expert is not chosen."""
+def gated_linear(
+    x: Tensor, gates: Tensor, layer: Experts, keep: Tensor | None = None, keep_scale: float = 1.0
+) -> Tensor:
+    """y = x W^T + bias + sum_e gates[:, e] s drop(x) A_e^T B_e^T; gates [T, E], 0 where an expert is not chosen."""
     assert layer.a is not None and layer.b is not None
     y = x @ layer.weight.T
+    xd = x if keep is None else x * keep * keep_scale
     for e in range(gates.shape[1]):
-        y = y + gates[:, e, None] * (layer.scale * (x @ layer.a[e].T) @ layer.b[e].T)
+        y = y + gates[:, e, None].to(x.dtype) * (layer.scale * (xd @ layer.a[e].T) @ layer.b[e].T)
     return y if layer.bias is None else y + layer.bias
 
 

@@ -311,7 +311,9 @@ def _mlp_forward(
             h, _ = _add(side, xr, z, side.frozen.bias, chunk.owners, _part(mask, chunk.rows), train)
             hs.append(h)
             zs.append(z)
-        (_, hidden), part = _hidden(zs, facts), w[chunk.tokens]
+        # Halves of one tensor are not rows of their own.
+        fused = facts.gated and facts.inputs == 1
+        (_, hidden), part = _hidden(zs, facts, scratch if fused else None), w[chunk.tokens]
         none = scratch.take("rows", (hidden.shape[0], out), x)
         rows = base_forward(hidden, down.frozen) if dora else none.zero_()
         bias = down.frozen.bias if dora else None
