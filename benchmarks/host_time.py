@@ -1,11 +1,11 @@
-"""Host time of one adapted linear: microseconds of Python and dispatch a call, over `nn.Linear` of the same size.
+"""Host time of one adapted linear: microseconds of Python and dispatch a call, over the bare base of the same size.
 
     taskset -c 0 python -m benchmarks.host_time [--json FILE] [--rounds N] [--calls N]
 
-A 64 x 64 layer, one token, one thread: the arithmetic costs next to nothing, so what a call takes beyond the plain
-linear is what calling it costs. Everybody takes turns, A B C A B C, `calls` calls a turn; reported are medians of the
-rounds, and the medians of the rounds' differences to the plain linear. Before that every output is compared with the
-formula.
+A 64 x 64 layer, one token, one thread: the arithmetic costs next to nothing, so what a call takes beyond the bare base
+is what calling it costs. The base is `nn.Linear`, under a 4-bit layer bitsandbytes' own `Linear4bit`. Everybody takes
+turns, A B C A B C, `calls` calls a turn; reported are medians of the rounds, and the medians of the rounds' differences
+to the base. Before that every output is compared with the formula.
 
   eval   module.eval(), no gradient       train   forward only, x and the adapters ask for gradients
 """
@@ -28,10 +28,10 @@ from torch import Tensor, nn
 import fastlora
 from benchmarks.cpu_report import RESULTS, describe
 
-SCHEMA = 1
+SCHEMA = 2
 SIZE, RANK = 64, 8
-FLOOR = "nn.Linear"
-TARGETS = {"eval": 20.0, "train": 45.0}  # microseconds over the plain linear
+DENSE, FOUR_BIT = "nn.Linear", "Linear4bit"  # the bare bases
+TARGETS = {"eval": 20.0, "train": 45.0}  # microseconds over the bare base
 # The rows the targets are for: an adapted linear of ours, or one of PEFT's that is accelerated.
 JUDGED = ("LoraLinear", "QLoraLinear", "accelerated", "accelerated nf4")
 
@@ -61,9 +61,12 @@ def _peft(accelerated: bool, four_bit: bool = False, **fields: Any) -> nn.Module
 
 def layers() -> dict[str, nn.Module]:
     """Everybody, by name; A and B are not zero."""
+    from benchmarks.adoption_runs import quantized
+
     own: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "init_seed": 0}
     found: dict[str, nn.Module] = {
-        FLOOR: _base().requires_grad_(False),
+        DENSE: _base().requires_grad_(False),
+        FOUR_BIT: quantized(nn.ModuleDict({"q_proj": _base()}))["q_proj"],
         "LoraLinear": fastlora.LoraLinear.from_linear(_base(), **own),
         "LoraLinear p=0.05": fastlora.LoraLinear.from_linear(_base(), lora_dropout=0.05, **own),
         "LoraLinear DoRA": fastlora.LoraLinear.from_linear(_base(), use_dora=True, **own),
@@ -94,12 +97,12 @@ def check(found: dict[str, nn.Module]) -> None:
         RuntimeError: one does not.
     """
     x = torch.randn(1, SIZE)
-    plain = found[FLOOR].weight
+    plain = found[DENSE].weight
     for name, layer in found.items():
         tensors = dict(layer.named_parameters())
         a = next((t for key, t in tensors.items() if "lora_A" in key), None)
         b = next((t for key, t in tensors.items() if "lora_B" in key), None)
-        w = _packed_base(layer) if "nf4" in name or name.startswith("Q") else plain
+        w = _packed_base(layer) if base_of(name) == FOUR_BIT else plain
         if a is not None and b is not None:
             w = w + 2.0 * b @ a
         if "DoRA" in name:
@@ -108,14 +111,19 @@ def check(found: dict[str, nn.Module]) -> None:
         with torch.no_grad():
             error = (layer.eval()(x) - x @ w.T).norm() / (x @ w.T).norm()
         # bitsandbytes' own evaluation computes in bf16 where the host has AVX512_BF16.
-        if not error < (2.0**-7 if name == "peft nf4" else 1e-5):
+        if not error < (2.0**-7 if name in (FOUR_BIT, "peft nf4") else 1e-5):
             raise RuntimeError(f"{name} is off by {error:.1e}: no time")
 
 
 def _packed_base(layer: Any) -> Tensor:
     if isinstance(layer, fastlora.QLoraLinear):
         return layer.dequantize(torch.float32)
-    return fastlora.QuantizedWeight.from_bnb(layer.base_layer).dequantize(torch.float32)
+    return fastlora.QuantizedWeight.from_bnb(getattr(layer, "base_layer", layer)).dequantize(torch.float32)
+
+
+def base_of(name: str) -> str:
+    """The bare base of a row."""
+    return FOUR_BIT if name == FOUR_BIT or "nf4" in name or name.startswith("Q") else DENSE
 
 
 def take_turns(steps: dict[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, list[float]]:
@@ -143,7 +151,10 @@ def mode(found: dict[str, nn.Module], name: str, rounds: int, calls: int) -> lis
         times = take_turns(steps, rounds, calls)
     rows = []
     for who, values in times.items():
-        over = statistics.median(mine - floor for mine, floor in zip(values, times[FLOOR], strict=True))
+        over, over_linear = (
+            statistics.median(mine - floor for mine, floor in zip(values, times[base], strict=True))
+            for base in (base_of(who), DENSE)
+        )
         target = TARGETS[name] if who in JUDGED else None
         rows.append(
             {
@@ -151,7 +162,9 @@ def mode(found: dict[str, nn.Module], name: str, rounds: int, calls: int) -> lis
                 "layer": who,
                 "microseconds": round(statistics.median(values), 2),
                 "least": round(min(values), 2),
-                "over_linear": round(over, 2),
+                "base": base_of(who),
+                "over_base": round(over, 2),
+                "over_linear": round(over_linear, 2),
                 "target": target,
                 "met": None if target is None else over <= target,
             }
@@ -178,11 +191,12 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The short form, for the terminal."""
-    lines = [f"{'':<7}{'':<22}{'us a call':>11}{'over linear':>13}{'target':>9}"]
+    lines = [f"{'':<7}{'':<22}{'us a call':>11}{'over base':>11}{'over linear':>13}{'target':>9}"]
     for row in report["results"]:
         target = "" if row["target"] is None else f"{row['target']:.0f} {'met' if row['met'] else 'missed'}"
         lines.append(
-            f"{row['mode']:<7}{row['layer']:<22}{row['microseconds']:>11.1f}{row['over_linear']:>13.1f}   {target}"
+            f"{row['mode']:<7}{row['layer']:<22}{row['microseconds']:>11.1f}{row['over_base']:>11.1f}"
+            f"{row['over_linear']:>13.1f}   {target}"
         )
     return "\n".join(lines)
 

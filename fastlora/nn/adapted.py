@@ -70,12 +70,12 @@ class AdaptedLinear(AdapterLayer):
         """
         if name is None:
             return self._op(x, *self._no_adapter(x), 1.0)
-        config = self.adapter_configs[name]
-        mag = self.lora_magnitude._parameters.get(name)
+        config, modules = self.adapter_configs[name], self._modules
+        mag = modules["lora_magnitude"]._parameters.get(name)  # type: ignore[union-attr]
         return self._op(
             x,
             self.effective_a(name),
-            self.lora_B._parameters[name],  # type: ignore[arg-type]
+            modules["lora_B"]._parameters[name],  # type: ignore[union-attr, arg-type]
             self.scaling[name],
             dropout_p=config.lora_dropout if self.training else 0.0,
             stream=self.stream(name),
@@ -118,7 +118,10 @@ class AdaptedLinear(AdapterLayer):
 
     def _base(self) -> Any:
         """The unmerged weight: a Parameter or a QuantizedWeight."""
-        return self._unmerged[0] if self._unmerged else self.weight
+        if self._unmerged:
+            return self._unmerged[0]
+        dense = self._parameters.get("weight")
+        return self.weight if dense is None else dense
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The frozen (if merged, the merged) weight as a dense [out, in] tensor.

@@ -123,7 +123,8 @@ class AdapterLayer(nn.Module):
 
         It has the adapter's own dtype, and a gradient that reaches lora_A and lora_E.
         """
-        a, e = self.lora_A._parameters[name], self.lora_E._parameters.get(name)
+        modules = self._modules  # asked at every call: attributes of a module are slow to find
+        a, e = modules["lora_A"]._parameters[name], modules["lora_E"]._parameters.get(name)  # type: ignore[union-attr]
         return a if e is None else a * e  # type: ignore[return-value, operator]
 
     def add_adapter(
