@@ -7,6 +7,7 @@ one holds what it printed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -14,10 +15,12 @@ import os
 import pathlib
 import re
 import shlex
+import types
 from collections.abc import Iterator
 
 import pytest
 
+import fastlora
 from fastlora import backends, settings
 from fastlora.cli import main as cli
 from fastlora.dispatch import registry
@@ -240,6 +243,22 @@ def test_pages_hold_no_speed_typed_by_hand():
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     assert [str(p.relative_to(DOCS)) for p in PAGES if str(p.relative_to(DOCS)) not in navigation] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    wanted = {
+        f"fastlora.{name}" for name in fastlora.__all__ if not isinstance(getattr(fastlora, name), types.ModuleType)
+    }
+    for part in ("functional", "adalora", "moe"):
+        wanted |= {f"fastlora.{part}.{name}" for name in importlib.import_module(f"fastlora.{part}").__all__}
+
+    def ends(name: str) -> tuple[str, str]:  # what is imported when first asked for stands under its own module
+        parts = name.split(".")
+        return parts[1], parts[-1]
+
+    assert {name for name in wanted if ends(name) not in set(map(ends, shown))} == set()
 
 
 def test_nothing_is_fetched_from_elsewhere():
