@@ -45,11 +45,16 @@ def examples(_: str) -> str:
     return "\n\n".join(example(path.name) for path in sorted((ROOT / "examples").glob("*.py")))
 
 
+def deeper(text: str) -> str:
+    """A page's headings a level down; a # within a block of code is none."""
+    parts = re.split(r"(^```.*?^```[ \t]*$)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(part if part.startswith("```") else re.sub(r"^#", "##", part, flags=re.M) for part in parts)
+
+
 def transcripts(_: str) -> str:
     """Recorded runs, where there are any (docs/transcripts/*.md), a heading deeper."""
     found = sorted((ROOT / "docs" / "transcripts").glob("*.md"))
-    deeper = [re.sub(r"^#", "##", path.read_text(encoding="utf-8"), flags=re.MULTILINE) for path in found]
-    return "\n\n".join(deeper)
+    return "\n\n".join(deeper(path.read_text(encoding="utf-8")) for path in found)
 
 
 GENERATED: dict[str, Callable[[str], str]] = {
