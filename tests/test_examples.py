@@ -19,10 +19,9 @@ ACCELERATE += ["--dynamo_backend", "no", "--multi_gpu", "--num_processes", "2", 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PLAIN = [sys.executable]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here"),
-]
+# Elsewhere: sft_trainer.py in test_accelerate_trainer.py, adalora.py in test_adalora_scripts.py.
+pytestmark = pytest.mark.slow
+distributed = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
 
 
 def run(command: list[str], script: str, folder: pathlib.Path, *options: str) -> str:
@@ -45,6 +44,40 @@ def losses(printed: str) -> list[float]:
     return [float(value) for value in re.findall(r"loss ([\d.]+)", printed)]
 
 
+@pytest.mark.parametrize("options", [(), ("--dora", "--dense")], ids=["qlora", "dora"])
+def test_plain_loop(options, tmp_path):
+    printed = run(PLAIN, "plain_loop.py", tmp_path, "--steps", "60", *options)
+    found = losses(printed)
+    assert found[-1] < 0.85 * found[0]
+    loaded, merged = (float(value) for value in re.findall(r"differ by ([\d.e+-]+)", printed))
+    assert loaded == 0.0
+    assert merged < 1e-5
+    saved = load_file(tmp_path / "adapter-out" / "adapter_model.safetensors")
+    assert len(saved) == 3 * (2 + ("--dora" in options))
+
+
+def test_many_adapters(tmp_path):
+    printed = run(PLAIN, "many_adapters.py", tmp_path, "--steps", "100")
+    errors = re.findall(r"error ([\d.]+) -> ([\d.]+)", printed)
+    assert len(errors) == 3
+    assert all(float(after) < 0.95 * float(before) for before, after in errors)
+    assert float(re.findall(r"differ by ([\d.e+-]+)", printed)[0]) < 1e-5
+    saved = {path.name for path in (tmp_path / "adapters-out").iterdir()}
+    assert saved == {"reverse", "negate", "shift"}
+
+
+@pytest.mark.parametrize("options", [("--four-bit",), ("--dora",), ("--plain",)], ids=" ".join)
+def test_peft_trainer(options, tmp_path):
+    for package in ("peft", "transformers", "bitsandbytes"):
+        pytest.importorskip(package)
+    printed = run(PLAIN, "peft_trainer.py", tmp_path, "--steps", "15", *options)
+    assert ("28 of 28 layers fused" in printed) == ("--plain" not in options)
+    found = [float(value) for value in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert len(found) == 3
+    assert found[-1] < found[0] - 0.1
+
+
+@distributed
 @pytest.mark.parametrize(
     ("command", "options"), [(TORCHRUN, ()), (ACCELERATE, ("--ddp",))], ids=["torchrun-fsdp2", "accelerate-ddp"]
 )
@@ -59,6 +92,7 @@ def test_train_fsdp2(command, options, tmp_path):
     assert len(saved) == 8 * 3  # eight linear layers: A, B and the magnitude
 
 
+@distributed
 @pytest.mark.parametrize("command", [PLAIN, ACCELERATE], ids=["python", "accelerate"])
 def test_train_accelerate(command, tmp_path):
     pytest.importorskip("accelerate")
