@@ -109,7 +109,7 @@ def step(module: Any, x: Tensor, dy: Tensor, run: Callable[[Tensor], Tensor] | N
     """y, dx and the gradient of all that trains, by name."""
     module.zero_grad()
     x = x.detach().clone().requires_grad_()
-    y = (run or module)(x)
+    y = (module if run is None else run)(x)
     y.backward(dy)
     found = {"y": y.detach(), "dx": x.grad}
     return found | {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
