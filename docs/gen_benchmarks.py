@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+SIDES = ("fastlora", "moe-peft")
 HEADLINE = re.compile(r"q(lora|dora)-step-m(8|64|512)-4096x4096-(fp32|bf16)")
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
@@ -154,7 +155,7 @@ def many_adapters(found: dict[str, Any]) -> str:
                 f"{line['base']}, {line['size']}², {line['compute']}, {line['mode']}",
                 *(figure(ms.get(name)) for name in ("fastlora", "fastlora, one adapter", "peft")),
                 ratio(line["peft_over_fastlora"]),
-                ratio(line["one_over_fastlora"]),
+                f"{line['one_over_fastlora']:.2f}",
                 note or ("PEFT raises" if line["reason"] else ""),
             ]
         )
@@ -199,6 +200,48 @@ def adalora(found: dict[str, Any]) -> str:
     ]
     lead = f"{found['model']}; {found['tokens']} tokens, allocating at every step; seconds a step."
     return f"{lead}\n\n{table(['base', *names, 'AdaLoRA / LoRA', 'PEFT / ours'], rows)}"
+
+
+def moe(found: dict[str, Any]) -> str:
+    """Mixtures of experts beside moe-peft: operations and bytes, time, training on real text."""
+    text = []
+    if part := found.get("speed"):
+        rows = [
+            [
+                row["method"],
+                *(figure(None if row["seconds"][name] is None else 1e3 * row["seconds"][name]) for name in SIDES),
+                ratio(row["peer_over_fastlora"]),
+                row["reason"] or ("" if row["parity"]["ok"] else "missed the error budget"),
+            ]
+            for row in part["results"]
+        ]
+        head = ["method", "fastlora, ms", "moe-peft, ms", "moe-peft / ours", ""]
+        text += ["One layer, forward and backward.", machine(part), table(head, rows)]
+    if part := found.get("counts"):
+        rows = []
+        for row in part["results"]:
+            missed = [name for name, met in (row["goals_met"] or {}).items() if met is False]
+            over = row["issued_over_formula"]["cpu" if "cpu" in row["issued"] else "reference"]
+            megabytes = (None if n is None else f"{n / 1e6:.1f}" for n in (row["saved_bytes"], row["peer_saved_bytes"]))
+            rows.append(
+                [row["method"], f"{over['forward']:.3f}", f"{over['backward']:.3f}", *megabytes, ", ".join(missed)]
+            )
+        head = ["method", "operations / formula, forward", "backward", "kept, MB", "moe-peft keeps, MB", "goal missed"]
+        text += ["What a layer computes and keeps, bf16; counted, not timed.", table(head, rows)]
+    if part := found.get("training"):
+        results = part["results"]
+        rows = [
+            [
+                row["method"],
+                figure(row["held_out_before"]),
+                figure(row["held_out_after"]),
+                figure(row["seconds_a_step"]),
+            ]
+            for row in results["methods"]
+        ]
+        head = ["method", "held-out loss before", "after", "seconds a step"]
+        text += [f"{results['model']}, {results['steps']} steps.", machine(part), table(head, rows)]
+    return "\n\n".join(text)
 
 
 def host_time(found: dict[str, Any]) -> str:
@@ -256,6 +299,7 @@ KNOWN: dict[str, tuple[str, str, Section]] = {
     "many_adapters": ("Many adapters in one batch", "`python -m benchmarks.many_adapters`", many_adapters),
     "adoption": ("Before and after accelerate", "`python -m benchmarks.adoption`", adoption),
     "adalora": ("AdaLoRA", "`python -m benchmarks.adalora`", adalora),
+    "moe": ("Mixtures of LoRA experts", "`make bench-moe`", moe),
     "host_time": ("What calling a layer costs", "`python -m benchmarks.host_time`", host_time),
     "aot": ("GPU kernels, compiled without a GPU", "`make aot`. Compiled, not run: no times", aot),
     "mutants": ("Mistakes that the tests must notice", "`make mutants`", mutants),
