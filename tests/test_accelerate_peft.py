@@ -468,3 +468,17 @@ def test_gradient_checkpointing_of_a_whole_model():
         runs.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert runs[0].keys() == runs[1].keys()
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_our_own_loading_and_saving_is_refused_with_what_to_use_instead(tmp_path):
+    model = fastlora.accelerate(made())
+    model.save_pretrained(tmp_path / "theirs")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("default", "another"):
+        with pytest.raises(fastlora.ConfigError, match="are PEFT's, accelerated or not: use its own load_adapter"):
+            fastlora.load_adapter(model, tmp_path / "theirs", name)
+    with pytest.raises(fastlora.ConfigError, match="save_pretrained"):
+        fastlora.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)

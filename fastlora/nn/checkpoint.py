@@ -31,7 +31,17 @@ _INIT_FIELDS = ("init_lora_weights", "init_bound")
 _ADALORA_ONCE = ("lora_alpha", *peft.ADALORA_FIELDS)
 
 
+def _refuse_peft(model: nn.Module) -> None:
+    """An accelerated PEFT model's adapters are PEFT's, files and all."""
+    if getattr(model, "peft_config", None) and not any(True for _ in adapted_layers(model)):
+        raise ConfigError(
+            f"the adapters of this {type(model).__name__} are PEFT's, accelerated or not: "
+            "use its own load_adapter and save_pretrained"
+        )
+
+
 def _holders(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLinear]:
+    _refuse_peft(model)
     if any(hasattr(getattr(module, "model_config", None), "num_experts") for module in model.modules()):
         raise ConfigError(
             "the model has a mixture of experts, which PEFT's format cannot hold: use fastlora.moe.save_adapter"
@@ -206,6 +216,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         StateDictError, ConfigError: truncated, foreign or not fitting this model. The model has not changed then.
     """
     check_name(adapter_name)
+    _refuse_peft(model)
     checkpoint, config, bare = _read(folders.find(folder, adapter_name))
     config = config.replace(adapter_dtype=peft.dtype_of(checkpoint))
     configs = {name: config_for(name, config) for name in checkpoint.adapters}
