@@ -41,7 +41,8 @@ class Merged:
         method: "LoRA", "DoRA" or "AdaLoRA". ranks: those of the layers, each once.
         quantized: how many of the weights were 4-bit. dtypes: of the merged weights.
         rounding: |rounded - exact| / |exact| of all merged weights together (Frobenius).
-        lost: |rounded - exact| / |exact - before|: rounding beside what the adapter does; 0 if it does nothing.
+        lost: |rounded - exact| / |exact - before|: rounding beside what the adapter adds; 0 if it adds nothing. It is
+            noise, spread evenly: an adapter of few ranks still shows through half its own norm of it.
         worst: the layer where that is largest. worst_lost: its value.
         bytes_before, bytes_after: of all weights. files: how many weight files. copied: the other files.
         bare: DoRA without saved magnitudes, taken as the row norms of W + s B A.
