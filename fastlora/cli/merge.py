@@ -12,7 +12,9 @@ from fastlora.cli import _work
 from fastlora.cli.explain import DTYPES, dtype_of, one_of
 from fastlora.nn.output import check_output
 
-MUCH = 1.0  # rounding beside what the adapter adds, from where on it is worth a warning
+# Rounding beside what the adapter adds, from where on it is worth a warning. What is wholly rounded away from a 16-bit
+# base makes 1.
+MUCH = 0.9
 
 
 def merge(
@@ -55,11 +57,11 @@ def merge(
     if done.bare:
         print("the adapter holds no magnitudes (MoE-PEFT saves none): the row norms of W + s B A stand for them")
     print(
-        f"rounding changed the merged weights by {done.rounding:.1e} of their norm, {done.lost:.2f} of the norm of what "
-        f"the adapter adds (most in {done.worst}: {done.worst_lost:.2f})"
+        f"rounding changed the merged weights by {done.rounding:.1e} of their norm, {done.lost:.2f} of the norm of "
+        f"what the adapter adds (most in {done.worst}: {done.worst_lost:.2f})"
     )
     if done.lost >= MUCH:
-        print("the adapter is smaller than that rounding: --dtype fp32 keeps it, or leave it unmerged")
+        print("the adapter is hardly more than that rounding: --dtype fp32 keeps it, or leave it unmerged")
     before, after = _work.size(done.bytes_before), _work.size(done.bytes_after)
     print(f"weights: {before} -> {after} in {_work.files(done.files)}; {clock}")
     print(f"kept in {output}, with {_work.counted(done.copied)}")
