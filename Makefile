@@ -27,9 +27,9 @@ DEMO_LOG := $(VENV)/demo-setup.log
 
 # Waiting threads soon sleep instead of spinning for milliseconds. On idle cores that is as fast; where other work
 # shares the cores a training step of the demo takes 3 s instead of 5 to 12 (2 cores, AMD Zen 4, 2026-11).
-pytest demo bench-step bench-targets: export GOMP_SPINCOUNT ?= 1000
+pytest demo bench-step bench-targets bench-moe: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step bench-targets pictures docs docs-check gpu-report aot mutants neon asan clean distclean
+.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step bench-targets bench-moe moe-goldens pictures docs docs-check gpu-report aot mutants neon asan clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -106,6 +106,21 @@ bench: $(TEST_READY) ## the benchmarks (pytest-benchmark)
 
 bench-step: $(DEMO_READY) $(TEST_READY) ## one training step of SmolLM2-135M beside PEFT + bitsandbytes
 	$(BIN)/python -m benchmarks.step_beside_peft $(ARGS)
+
+# The peer of the mixtures needs an older transformers: an environment of its own.
+MOE_READY := build/moe-venv/.ready
+$(MOE_READY): constraints/moe-peer.txt | $(BIN)/python
+	$(PYTHON) -m venv build/moe-venv
+	build/moe-venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints/moe-peer.txt \
+	  torch numpy transformers safetensors
+	build/moe-venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check --no-deps moe-peft==2.0.2
+	@touch $@
+
+bench-moe: $(DEMO_READY) $(TEST_READY) $(MOE_READY) ## mixtures of LoRA experts: their costs, beside moe-peft, on real text
+	$(BIN)/python -m benchmarks.moe $(ARGS)
+
+moe-goldens: $(MOE_READY) ## compute the mixtures' reference tensors in tests/data/moe with moe-peft again
+	build/moe-venv/bin/python -m benchmarks.moe_goldens tests/data/moe
 
 bench-targets: $(TEST_READY) ## the CPU backend beside its targets, with what bounds each
 	$(BIN)/python -m benchmarks.cpu_targets $(ARGS)

@@ -1,8 +1,6 @@
 """moe-peft 2.0.2 at work: its layers under our weights. Runs in an environment of its own, without fastlora.
 
-    python -m venv build/moe-venv
-    build/moe-venv/bin/pip install -c constraints/moe-peer.txt torch numpy transformers safetensors
-    build/moe-venv/bin/pip install --no-deps moe-peft==2.0.2
+    make build/moe-venv/.ready
 
 Adapters come and go under the keys of its own checkpoints, magnitudes as `….lora_magnitude_vector` (it saves none).
 Its dropout must be positive; 1e-12 rounds to a factor of 1 in fp32 and drops nothing.

@@ -1,0 +1,260 @@
+"""Mixtures of LoRA experts: what they cost, how fast they are beside moe-peft, and what they learn.
+
+    python -m benchmarks.moe [--part counts speed training] [--json FILE] [--png FILE] [--threads N] [--tiny]
+
+counts    operations and saved bytes of one layer with a bf16 base (`moe_costs`).
+speed     forward and backward of one fp32 layer, ours and moe-peft 2.0.2's, which runs in a process of its own
+          environment (`make bench-moe` sets it up) on the same weights and input. Without the same output and
+          gradients there is no ratio. Steps take turns; a ratio is the median of the rounds' ratios, moe-peft's time
+          over ours: above 1 fastlora is faster.
+training  SmolLM2-135M on real sentences with each method (`moe_training`): losses, the experts' load, and the same
+          predictions after saving and loading.
+
+A layer is a gated MLP (MixLoRA) or one linear, H x I (LoRAMoE, MoLA). Each part has its own date in the JSON; parts
+that are not asked for stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastlora
+from benchmarks import moe_costs, moe_training
+from benchmarks.cpu_report import RESULTS, describe
+from benchmarks.moe_layers import TINY, Ours, Peer, Sizes, methods, tensors_for
+
+SCHEMA = 1
+PARTS = ("counts", "speed", "training")
+GOAL, GOALS = 2.0, ("MixLoRA", "LoRAMoE", "MoLA")
+# |ours - peer| / |peer| of the output and of each gradient, fp32.
+BUDGET = {"y": 2e-5, "gradient": 1e-4}
+WARM, LEAST = 2, 5
+
+
+def parity(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Any]:
+    """The relative difference of the output and the largest of a gradient; "ok" within the budget."""
+    if ours.keys() != theirs.keys():
+        return {"ok": False, "reason": f"one lacks {', '.join(sorted(ours.keys() ^ theirs.keys()))}"}
+    errors: dict[str, float] = {}
+    for name, want in theirs.items():
+        kind = name if name == "y" else "gradient"
+        error = ((ours[name].double() - want.double()).norm() / want.double().norm()).item()
+        errors[kind] = max(errors.get(kind, 0.0), error)
+    return {"ok": all(errors[kind] <= BUDGET[kind] for kind in errors), "budget": BUDGET, "errors": errors}
+
+
+def beside_peer(name: str, sizes: Sizes, threads: int, rounds: int, budget: float) -> dict[str, Any]:
+    """One method: our seconds, the peer's, and their ratio if both compute the same."""
+    fields = methods(sizes)[name]
+    tensors = tensors_for(fields, sizes)
+    ours = Ours(fields, tensors)
+    times: dict[str, list[float]] = {"fastlora": [], "moe-peft": []}
+    found, reason = None, None
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with Peer(fields, tensors, threads, Path(scratch)) as peer:
+                found = parity(ours.step()[1], peer.outputs())
+                started = time.perf_counter()
+                turns = [("fastlora", lambda: ours.step()[0]), ("moe-peft", peer.seconds)]
+                for turn in range(-WARM, rounds):
+                    if turn >= LEAST and time.perf_counter() - started > budget:
+                        break
+                    for who, step in turns:
+                        seconds = step()
+                        if turn >= 0:
+                            times[who].append(seconds)
+                    turns.reverse()
+        except (FileNotFoundError, RuntimeError) as error:
+            reason = str(error)
+    ratio = None
+    if found is not None and found["ok"] and times["fastlora"]:
+        ratio = statistics.median(b / a for a, b in zip(times["fastlora"], times["moe-peft"], strict=True))
+    return {
+        "method": name,
+        "seconds": {who: statistics.median(values) if values else None for who, values in times.items()},
+        "peer_over_fastlora": ratio,
+        "goal_met": None if name not in GOALS or ratio is None else ratio >= GOAL,
+        "rounds": len(times["fastlora"]),
+        "parity": found,
+        "reason": reason,
+        "samples": times,
+    }
+
+
+def peer_bytes(name: str, sizes: Sizes) -> int | None:
+    """Bytes moe-peft keeps for backward with a bf16 base; None where it cannot run."""
+    fields = methods(sizes)[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with Peer(fields, tensors_for(fields, sizes, torch.bfloat16), 1, Path(scratch)) as peer:
+                return peer.saved_bytes()
+        except (FileNotFoundError, RuntimeError):
+            return None
+
+
+def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One part as JSON types."""
+    sizes, names = TINY if options.tiny else Sizes(), tuple(methods(Sizes()))
+    started, load = time.perf_counter(), describe()
+    results: Any
+    if part == "counts":
+        results = moe_costs.measure(sizes, names)
+        for row in results:
+            row["peer_saved_bytes"] = peer_bytes(row["method"], sizes)
+    elif part == "speed":
+        results = [beside_peer(name, sizes, options.threads, options.rounds, options.budget) for name in names]
+    else:
+        results = moe_training.measure(options.steps, options.tiny)
+    if options.tiny and part != "training":
+        for row in results:
+            row.update({key: None for key in ("goal_met", "goals_met") if key in row})
+    return {
+        "layer": sizes._asdict(),
+        "threads": options.threads,
+        "seconds": round(time.perf_counter() - started, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": load,
+        "results": results,
+    }
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def table(report: dict[str, Any]) -> str:
+    """Every part in short, goals that were missed and losses named."""
+    lines: list[str] = []
+    if "counts" in report:
+        lines.append(
+            f"{'':<17}{'GFLOP fwd':>10}{'of formula':>11}{'bwd':>8}{'of formula':>11}{'saved MB':>10}{'moe-peft':>9}"
+        )
+        for row in report["counts"]["results"]:
+            backend = "cpu" if "cpu" in row["issued"] else "reference"
+            issued, over = row["issued"][backend], row["issued_over_formula"][backend]
+            theirs = row["peer_saved_bytes"]
+            missed = [name for name, met in (row["goals_met"] or {}).items() if met is False]
+            lines.append(
+                f"{row['method']:<17}{issued['forward'] / 1e9:>10.3f}{over['forward']:>11.3f}"
+                f"{issued['backward'] / 1e9:>8.3f}{over['backward']:>11.3f}{row['saved_bytes'] / 1e6:>10.1f}"
+                f"{'-' if theirs is None else format(theirs / 1e6, '.1f'):>9}"
+                f"{'  goal missed: ' + ', '.join(missed) if missed else ''}"
+            )
+    if "speed" in report:
+        lines += ["", f"{'':<17}{'fastlora ms':>12}{'moe-peft ms':>12}{'ratio':>7}  largest differences"]
+        for row in report["speed"]["results"]:
+            shown = "".join(
+                f"{'-' if value is None else format(1e3 * value, '.1f'):>12}" for value in row["seconds"].values()
+            )
+            ratio, found = row["peer_over_fastlora"], row["parity"]
+            verdict = row["reason"] or ", ".join(f"{k} {v:.1e}" for k, v in found.get("errors", {}).items())
+            verdict += "" if row["reason"] or found["ok"] else "  NOT THE SAME"
+            note = f"  goal missed ({GOAL:g})" if row["goal_met"] is False else ""
+            note += "  SLOWER than moe-peft" if ratio is not None and ratio < 1 else ""
+            lines.append(
+                f"{row['method']:<17}{shown}{'-' if ratio is None else format(ratio, '.2f'):>7}  {verdict}{note}"
+            )
+    if "training" in report:
+        lines += ["", moe_training.table(report["training"]["results"])]
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any], path: Path) -> bool:
+    """Times as bars, and the training's losses and experts' load; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(9.6, 6.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 6)
+    if "speed" in report:
+        _draw_speed(figure.add_subplot(grid[0, :3]), report["speed"])
+    if "training" in report:
+        moe_training.draw_losses(figure.add_subplot(grid[0, 3:]), report["training"]["results"])
+        for at, row in enumerate(report["training"]["results"]["methods"]):
+            moe_training.draw_load(figure.add_subplot(grid[1, 2 * at : 2 * at + 2]), row)
+    if report["mode"] == "tiny":
+        figure.suptitle("TINY LAYERS, not a measurement", fontsize=10)
+    figure.savefig(path)
+    return True
+
+
+def _draw_speed(axes: Any, part: dict[str, Any]) -> None:
+    rows = part["results"]
+    for place, (name, colour) in enumerate((("moe-peft", "#9db4c8"), ("fastlora", "#2e7d32"))):
+        spots = [group + 0.38 * (place - 0.5) for group in range(len(rows))]
+        values = [1e3 * (row["seconds"][name] or 0.0) for row in rows]
+        bars = axes.bar(spots, values, 0.36, color=colour, label=name if name == "fastlora" else "moe-peft 2.0.2")
+        labels = [f"{value:.0f}" if value else "-" for value in values]
+        if name == "fastlora":
+            ratios = [row["peer_over_fastlora"] for row in rows]
+            labels = [f"{text}\n{r:.1f}x" if r else text for text, r in zip(labels, ratios, strict=True)]
+        axes.bar_label(bars, labels, fontsize=7, padding=1)
+    axes.set_xticks(range(len(rows)), [row["method"].replace(" ", "\n") for row in rows], fontsize=7)
+    axes.set_ylabel("ms, forward + backward", fontsize=8)
+    layer = part["layer"]
+    axes.set_title(
+        f"one fp32 layer {layer['hidden']} x {layer['width']}, {layer['sequences'] * layer['length']} tokens, "
+        f"{layer['experts']} experts of rank {layer['rank']}\n"
+        f"{part['environment']['cpu']}, {part['threads']} thread(s)",
+        fontsize=7,
+        loc="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--json", type=Path, default=RESULTS / "moe.json")
+    parser.add_argument("--png", type=Path, default=RESULTS / "moe.png")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=25, help="of each method at most")
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds for one method's rounds")
+    parser.add_argument("--steps", type=int, default=36, help="of training with each method")
+    parser.add_argument("--tiny", action="store_true", help="small layers; needs --json and --png")
+    chosen = parser.parse_args(arguments)
+    if min(chosen.threads, chosen.rounds, chosen.steps) < 1:
+        parser.error("--threads, --rounds and --steps must be at least 1")
+    if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
+        parser.error("--tiny is no measurement: say with --json and --png where its files go")
+    torch.set_num_threads(chosen.threads)
+    report: dict[str, Any] = {}
+    if chosen.json.is_file() and set(chosen.part) != set(PARTS):
+        report = json.loads(chosen.json.read_text())
+    report |= {
+        "schema": SCHEMA,
+        "mode": "tiny" if chosen.tiny else "cpu",
+        "goals": {"speed": GOAL, "flops": moe_costs.MOST},
+    }
+    report["goals"]["saved_bytes"] = moe_costs.MOST_SAVED
+    try:
+        for part in dict.fromkeys(chosen.part):
+            report[part] = run_part(part, chosen)
+    except fastlora.FastloraError as error:
+        print(f"moe: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if not draw(report, chosen.png):
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
