@@ -91,7 +91,8 @@ def test_moe_peft_gets_a_pickle_of_tensors_and_its_own_fields(tmp_path):
         "up_proj",
         "down_proj",
     }
-    assert (done.method, done.notes) == ("LoRA", [])
+    assert (done.method, done.notes) == ("LoRA", ["MoE-PEFT needs a dropout above 0: 1e-12 stands for none"])
+    assert fields["lora_dropout"] == 1e-12
     back = convert_adapter(tmp_path / "b", tmp_path / "c", "peft")
     assert back.source == "moe-peft"
     want = logits(fastlora.load_adapter(llama(), adapter))

@@ -24,6 +24,7 @@ from fastlora.nn.output import check_output, copy_others, whole_folder
 from fastlora.nn.streaming import opened
 
 LAYOUTS = ("peft", "moe-peft", "plain")
+NO_DROPOUT = 1e-12
 _MODULE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<rest>(?:self_attn|mlp)\.\w+)")
 
 
@@ -176,7 +177,8 @@ def _written(found: _Found, layout: str) -> tuple[Mapping[str, Tensor], dict[str
         if lists := sorted(name for name in ("num_experts", "top_k", "r") if isinstance(fields.get(name), list)):
             raise ConfigError(f"MoE-PEFT holds one {lists[0]}, and this mixture has one a layer")
         experts = found.checkpoint.experts.values()
-        return moe_peft.to_state(found.checkpoint), fields, _lost(any(e.magnitude is not None for e in experts))
+        lost = _lost(any(each.magnitude is not None for each in experts)) + _above_zero(fields)
+        return moe_peft.to_state(found.checkpoint), fields, lost
     config = found.config
     assert config is not None
     adapters = found.checkpoint.adapters.values()
@@ -190,12 +192,22 @@ def _written(found: _Found, layout: str) -> tuple[Mapping[str, Tensor], dict[str
             )
         return peft.to_state(found.checkpoint), fields, []
     fields = _moe_peft_fields(config, found.checkpoint, fields)
-    return peft.to_state(found.checkpoint), fields, _lost(any(t.magnitude is not None for t in adapters))
+    lost = _lost(any(tensors.magnitude is not None for tensors in adapters)) + _above_zero(fields)
+    return peft.to_state(found.checkpoint), fields, lost
 
 
 def _lost(magnitudes: bool) -> list[str]:
     told = "MoE-PEFT does not read DoRA's magnitudes and takes the row norms of W + s B A: its outputs will differ"
     return [told] if magnitudes else []
+
+
+def _above_zero(fields: dict[str, Any]) -> list[str]:
+    """MoE-PEFT asserts that dropout is above 0, in evaluation too; what stands for 0 drops nothing."""
+    changed = False
+    for each in (fields, fields.get("expert_lora")):
+        if isinstance(each, dict) and each.get("lora_dropout") == 0:
+            each["lora_dropout"], changed = NO_DROPOUT, True
+    return [f"MoE-PEFT needs a dropout above 0: {NO_DROPOUT} stands for none"] if changed else []
 
 
 def _moe_peft_fields(config: LoraConfig, checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[str, Any]:
