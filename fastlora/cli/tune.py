@@ -74,7 +74,15 @@ def _rows(before: dict[str, Any], after: dict[str, Any], sizes: list[tuple[int, 
         for key, entry in after.items():
             what, _, shape = key.removeprefix(head).rpartition("|")
             if key.startswith(head) and shape in shapes:
-                yield {"m": m, "what": what, "new": before.get(key) != entry, **entry}
+                yield {"m": m, "what": _named(what), "new": before.get(key) != entry, **entry}
+
+
+def _named(what: str) -> str:
+    """A key's static part with the flags as words."""
+    from fastlora.problem import FLAG_NAMES
+
+    head, _, flags = what.rpartition(" ")
+    return f"{head} {','.join(name for bit, name in FLAG_NAMES.items() if int(flags) & bit) or 'eval'}"
 
 
 NOTHING = {"dropout": False, "dora": False, "train": False, "backward": False}
