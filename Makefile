@@ -27,9 +27,9 @@ DEMO_LOG := $(VENV)/demo-setup.log
 
 # Waiting threads soon sleep instead of spinning for milliseconds. On idle cores that is as fast; where other work
 # shares the cores a training step of the demo takes 3 s instead of 5 to 12 (2 cores, AMD Zen 4, 2026-11).
-pytest demo bench-step bench-targets bench-moe: export GOMP_SPINCOUNT ?= 1000
+pytest demo bench-step bench-targets bench-moe transcript: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step bench-targets bench-moe moe-goldens pictures docs docs-check gpu-report aot mutants neon asan clean distclean
+.PHONY: help setup test pytest interpret lint types contracts format demo bench bench-step bench-targets bench-moe moe-goldens transcript pictures docs docs-check gpu-report aot mutants neon asan clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -124,6 +124,9 @@ moe-goldens: $(MOE_READY) ## compute the mixtures' reference tensors in tests/da
 
 bench-targets: $(TEST_READY) ## the CPU backend beside its targets, with what bounds each
 	$(BIN)/python -m benchmarks.cpu_targets $(ARGS)
+
+transcript: $(DEMO_READY) $(TEST_READY) ## docs/transcripts: a real model quantized and merged, compared, interrupted
+	$(BIN)/python -m benchmarks.transcript $(ARGS)
 
 pictures: $(TEST_READY) ## draw the README's picture from benchmarks/results again
 	$(BIN)/python -m benchmarks.picture $(ARGS)
