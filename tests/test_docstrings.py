@@ -78,7 +78,7 @@ def callables() -> dict[str, Callable[..., Any]]:
 def text_of(thing: Any) -> str:
     """Its own docstring, not an inherited one; where it says "as `name`" or "those of `name`", that one's as well."""
     text = inspect.cleandoc(thing.__doc__ or "")
-    for name in re.findall(r"(?:as|those of) `(\w+)`", text):
+    for name in re.findall(r"\b(?:as|those of) `(\w+)`", text):
         text += "\n" + "\n".join(
             inspect.cleandoc(other.__doc__ or "") for other in KNOWN.get(name, ()) if other is not thing
         )
@@ -89,6 +89,8 @@ CALLABLES = callables()
 KNOWN: dict[str, list[Any]] = {}
 for _name, _thing in CALLABLES.items():
     KNOWN.setdefault(_name.rpartition(".")[2], []).append(_thing)
+    for _base in _thing.__mro__[1:] if inspect.isclass(_thing) else ():
+        KNOWN.setdefault(_base.__name__, []).append(_base)
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------
@@ -98,6 +100,8 @@ def unnamed_parameters(thing: Callable[..., Any]) -> list[str]:
     """Parameters that the docstring never names."""
     if inspect.isclass(thing) and issubclass(thing, BaseException):
         return []
+    if inspect.isclass(thing) and re.search(r"Made by `\w+`", text_of(thing)):
+        return []  # the constructor is not the way: the method named there is checked itself
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(thing).parameters.values()
     names = [each.name for each in parameters if each.kind not in kinds and each.name not in ("self", "cls")]
@@ -120,6 +124,15 @@ def tensors_without(thing: Callable[..., Any]) -> list[str]:
 def only_raises(function: Callable[..., Any]) -> bool:
     """Whether a function does nothing but refuse."""
     return all(isinstance(part, (ast.Raise, ast.Expr)) for part in _tree(function).body[0].body)  # type: ignore[attr-defined]
+
+
+def lost_lines(thing: Any) -> list[str]:
+    """Lines of a section that belong to no entry of it: the reference would drop them."""
+    found = []
+    for name, section in re.findall(r"^(Args|Attributes|Raises):\n((?:[ ]+.*\n?|\n)+)", text_of(thing), re.MULTILINE):
+        lines = textwrap.dedent(section).splitlines()
+        found += [f"{name}: {line}" for line in lines if line[:1].strip() and not re.match(r"[\w, ]+: ", line)]
+    return found
 
 
 def raised(thing: Callable[..., Any]) -> set[str]:
@@ -180,6 +193,11 @@ def test_errors_are_said(name):
     assert unsaid_errors(CALLABLES[name]) == set()
 
 
+@pytest.mark.parametrize("name", CALLABLES)
+def test_no_line_of_a_section_is_lost(name):
+    assert lost_lines(CALLABLES[name]) == []
+
+
 @pytest.mark.parametrize("name", sorted(PUBLISHED & set(top())))
 def test_published_methods_name_their_source(name):
     assert PAPER.search(text_of(top()[name]))
@@ -215,6 +233,15 @@ def bare(x: Tensor, rate: float) -> Tensor:
     return x * rate
 
 
+def torn(x: Tensor) -> None:
+    """Look at x.
+
+    Raises:
+        ShapeError: it is
+        too long.
+    """
+
+
 def good(x: Tensor, rate: float) -> Tensor:
     """Scale x [n], fp32, by rate.
 
@@ -231,3 +258,4 @@ def test_a_bare_docstring_is_noticed():
     assert (unnamed_parameters(good), tensors_without(good), unsaid_errors(good)) == ([], [], set())
     assert good(torch.ones(2), 2.0).tolist() == [2.0, 2.0]
     assert not PAPER.search(text_of(good))
+    assert (lost_lines(torn), lost_lines(good)) == (["Raises: too long."], [])

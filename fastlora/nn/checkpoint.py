@@ -162,8 +162,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         The folder the two files are in.
 
     Raises:
-        ConfigError: no layer has the adapter. FileExistsError: the folder holds files of these names that are no
-        adapter's; they stay. OSError: the folder cannot be written.
+        ConfigError: no layer has the adapter.
+        FileExistsError: the folder holds files of these names that are no adapter's; they stay.
+        OSError: the folder cannot be written.
     """
     if not any_sharded(model):
         return _write(model, *_checkpoint(model, adapter_name), folders.place(folder, adapter_name))
