@@ -51,7 +51,7 @@ def bench(
             found.append(point)
             status.update(f"{point.kind}, {point.tokens} tokens")
     top = _roofline.raised(top, found)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {_threads(torch.get_num_threads())}"
     short = str(kind).removeprefix("torch.")
     drawn = _roofline.draw(output, found, top, f"{size} x {size} layers in {short} ({where})")
     facts: dict[str, Any] = {"device": where, "dtype": short, "size": size} | _roofline.facts(found, top)
@@ -60,6 +60,10 @@ def bench(
         _work.print_json(facts)
     else:
         _show(facts)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _show(facts: dict[str, Any]) -> None:
