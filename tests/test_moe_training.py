@@ -81,6 +81,31 @@ def test_a_loss_over_several_checkpoints(reentrant):
         assert relative(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("counted", [(0, 1), (1,), (0,)])
+def test_several_forwards_before_one_backward(counted, reentrant):
+    """Each router loss reaches the tokens it was taken of, whatever else ran."""
+    module = mixlora()
+
+    def gradients(run):
+        module.zero_grad()
+        total = torch.zeros(())
+        for number in range(2):
+            torch.manual_seed(number)
+            total = total + run(torch.randn(2, 11, H, requires_grad=True)).sum()
+            if number in counted:
+                total = total + (number + 1) * 100 * moe.router_loss(module)
+            with torch.no_grad():
+                module(torch.randn(2, 11, H))  # a reference model's pass, say
+        total.backward()
+        return module.gate.weight.grad.clone()
+
+    want = gradients(module)
+    got = gradients(lambda x: checkpoint(module, x, use_reentrant=reentrant))
+    assert relative(got, want) < 1e-5
+    assert not module.gate.pending
+
+
 def test_a_second_run_does_not_count_again():
     module = mixlora()
     x = torch.randn(2, 11, H, requires_grad=True)

@@ -63,8 +63,18 @@ def route_top_p(z: Tensor, top_p: float, temperature: float = 0.0) -> Routing:
         p = p / temperature
     w, e = torch.sort(p, dim=-1, descending=True)
     out = torch.zeros_like(w, dtype=torch.bool)
-    out[:, 1:] = w.detach().cumsum(-1)[:, :-1] > top_p
+    out[:, 1:] = _cumulated(w.detach())[:, :-1] > top_p
     return Routing(w.masked_fill(out, 0.0), e.masked_fill(out, z.shape[-1]))
+
+
+def _cumulated(w: Tensor) -> Tensor:
+    """cumsum over the last dimension, which torch has no deterministic kernel for on CUDA."""
+    if w.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return w.cumsum(-1)
+    sums = [w[..., 0]]
+    for at in range(1, w.shape[-1]):
+        sums.append(sums[-1] + w[..., at])
+    return torch.stack(sums, -1)
 
 
 def route_switch(z: Tensor, capacity: int, sequence: int) -> Routing:
@@ -199,7 +209,8 @@ def mlp(
         for e in range(experts):
             rows = (routing.experts[:, slot] == e).nonzero()[:, 0]
             seen = x[rows]
-            kept = [None if keeps is None else keep[rows * slots + slot] for keep in keeps or (*projections, down)]
+            at = rows * slots + slot
+            kept = [None] * (len(projections) + 1) if keeps is None else [keep[at] for keep in keeps]
             parts = [
                 expert_linear(seen, layer, e, keep, keep_scale)
                 for layer, keep in zip(projections, kept[:-1], strict=True)
