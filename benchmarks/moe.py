@@ -6,7 +6,8 @@ counts    operations and saved bytes of one layer with a bf16 base (`moe_costs`)
 speed     forward and backward of one fp32 layer, ours and moe-peft 2.0.2's, which runs in a process of its own
           environment (`make bench-moe` sets it up) on the same weights and input. Without the same output and
           gradients there is no ratio. Steps take turns; a ratio is the median of the rounds' ratios, moe-peft's time
-          over ours: above 1 fastlora is faster.
+          over ours: above 1 fastlora is faster. Beside the wall's stands that of the processes' CPU time, which others'
+          work on a shared machine is not in.
 training  SmolLM2-135M on real sentences with each method (`moe_training`): losses, the experts' load, and the same
           predictions after saving and loading.
 
@@ -33,9 +34,11 @@ import fastlora
 from benchmarks import moe_costs, moe_training
 from benchmarks.cpu_report import RESULTS, describe
 from benchmarks.moe_layers import TINY, Ours, Peer, Sizes, methods, tensors_for
+from benchmarks.moe_peer import Seconds
 
 SCHEMA = 1
 PARTS = ("counts", "speed", "training")
+OURS, PEER = "fastlora", "moe-peft"
 GOAL, GOALS = 2.0, ("MixLoRA", "LoRAMoE", "MoLA")
 # |ours - peer| / |peer| of the output and of each gradient, fp32.
 BUDGET = {"y": 2e-5, "gradient": 1e-4}
@@ -59,14 +62,14 @@ def beside_peer(name: str, sizes: Sizes, threads: int, rounds: int, budget: floa
     fields = methods(sizes)[name]
     tensors = tensors_for(fields, sizes)
     ours = Ours(fields, tensors)
-    times: dict[str, list[float]] = {"fastlora": [], "moe-peft": []}
+    times: dict[str, list[Seconds]] = {OURS: [], PEER: []}
     found, reason = None, None
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with Peer(fields, tensors, threads, Path(scratch)) as peer:
                 found = parity(ours.step()[1], peer.outputs())
                 started = time.perf_counter()
-                turns = [("fastlora", lambda: ours.step()[0]), ("moe-peft", peer.seconds)]
+                turns = [(OURS, lambda: ours.step()[0]), (PEER, peer.seconds)]
                 for turn in range(-WARM, rounds):
                     if turn >= LEAST and time.perf_counter() - started > budget:
                         break
@@ -77,19 +80,31 @@ def beside_peer(name: str, sizes: Sizes, threads: int, rounds: int, budget: floa
                     turns.reverse()
         except (FileNotFoundError, RuntimeError) as error:
             reason = str(error)
-    ratio = None
-    if found is not None and found["ok"] and times["fastlora"]:
-        ratio = statistics.median(b / a for a, b in zip(times["fastlora"], times["moe-peft"], strict=True))
+    same = found is not None and found["ok"]
+    ratio = _ratio(times, "wall") if same else None
     return {
         "method": name,
-        "seconds": {who: statistics.median(values) if values else None for who, values in times.items()},
+        "seconds": {who: _median(values, "wall") for who, values in times.items()},
+        "cpu_seconds": {who: _median(values, "cpu") for who, values in times.items()},
         "peer_over_fastlora": ratio,
+        "peer_over_fastlora_cpu": _ratio(times, "cpu") if same else None,
         "goal_met": None if name not in GOALS or ratio is None else ratio >= GOAL,
-        "rounds": len(times["fastlora"]),
+        "rounds": len(times[OURS]),
         "parity": found,
         "reason": reason,
         "samples": times,
     }
+
+
+def _median(values: list[Seconds], clock: str) -> float | None:
+    return statistics.median(getattr(each, clock) for each in values) if values else None
+
+
+def _ratio(times: dict[str, list[Seconds]], clock: str) -> float | None:
+    """The median over rounds of the peer's time over ours."""
+    pairs = zip(times[OURS], times[PEER], strict=True)
+    ratios = [getattr(theirs, clock) / getattr(ours, clock) for ours, theirs in pairs]
+    return statistics.median(ratios) if ratios else None
 
 
 def peer_bytes(name: str, sizes: Sizes) -> int | None:
@@ -151,19 +166,22 @@ def table(report: dict[str, Any]) -> str:
                 f"{'  goal missed: ' + ', '.join(missed) if missed else ''}"
             )
     if "speed" in report:
-        lines += ["", f"{'':<17}{'fastlora ms':>12}{'moe-peft ms':>12}{'ratio':>7}  largest differences"]
+        lines += [
+            "",
+            f"{'':<17}{'fastlora ms':>12}{'moe-peft ms':>12}{'ratio':>7}{'of CPU time':>13}  largest differences",
+        ]
         for row in report["speed"]["results"]:
             shown = "".join(
                 f"{'-' if value is None else format(1e3 * value, '.1f'):>12}" for value in row["seconds"].values()
             )
             ratio, found = row["peer_over_fastlora"], row["parity"]
+            wall = "-" if ratio is None else format(ratio, ".2f")
+            cpu = "-" if ratio is None else format(row["peer_over_fastlora_cpu"], ".2f")
             verdict = row["reason"] or ", ".join(f"{k} {v:.1e}" for k, v in found.get("errors", {}).items())
             verdict += "" if row["reason"] or found["ok"] else "  NOT THE SAME"
             note = f"  goal missed ({GOAL:g})" if row["goal_met"] is False else ""
             note += "  SLOWER than moe-peft" if ratio is not None and ratio < 1 else ""
-            lines.append(
-                f"{row['method']:<17}{shown}{'-' if ratio is None else format(ratio, '.2f'):>7}  {verdict}{note}"
-            )
+            lines.append(f"{row['method']:<17}{shown}{wall:>7}{cpu:>13}  {verdict}{note}")
     if "training" in report:
         lines += ["", moe_training.table(report["training"]["results"])]
     return "\n".join(lines)
@@ -193,12 +211,12 @@ def draw(report: dict[str, Any], path: Path) -> bool:
 
 def _draw_speed(axes: Any, part: dict[str, Any]) -> None:
     rows = part["results"]
-    for place, (name, colour) in enumerate((("moe-peft", "#9db4c8"), ("fastlora", "#2e7d32"))):
+    for place, (name, colour) in enumerate(((PEER, "#9db4c8"), (OURS, "#2e7d32"))):
         spots = [group + 0.38 * (place - 0.5) for group in range(len(rows))]
         values = [1e3 * (row["seconds"][name] or 0.0) for row in rows]
-        bars = axes.bar(spots, values, 0.36, color=colour, label=name if name == "fastlora" else "moe-peft 2.0.2")
+        bars = axes.bar(spots, values, 0.36, color=colour, label=name if name == OURS else f"{PEER} 2.0.2")
         labels = [f"{value:.0f}" if value else "-" for value in values]
-        if name == "fastlora":
+        if name == OURS:
             ratios = [row["peer_over_fastlora"] for row in rows]
             labels = [f"{text}\n{r:.1f}x" if r else text for text, r in zip(labels, ratios, strict=True)]
         axes.bar_label(bars, labels, fontsize=7, padding=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.environment import ROOT
-from benchmarks.moe_peer import P, grad
+from benchmarks.moe_peer import P, Seconds, grad
 from fastlora import moe
 
 PEER_PYTHON = ROOT / "build" / "moe-venv" / "bin" / "python"
@@ -51,17 +50,19 @@ def methods(sizes: Sizes) -> dict[str, dict[str, Any]]:
         "MixLoRA switch": {**mix, "routing_strategy": "mixlora-switch", "expert_capacity": capacity},
         "LoRAMoE": {**shared, "peft_type": "LORAMOE", "target_modules": ["up_proj"]},
         "MoLA": {**shared, "peft_type": "MOLA", "top_k": sizes.top_k, "target_modules": ["up_proj"]},
+        "MoLA attention": {**shared, "peft_type": "MOLA", "top_k": sizes.top_k, "target_modules": ["q_proj"]},
     }
 
 
 def shapes(fields: dict[str, Any], sizes: Sizes) -> dict[str, tuple[int, int]]:
-    """(out, in) of the linears the method works on: a gated MLP, or its up projection alone."""
+    """(out, in) of the linears the method works on: a gated MLP, or the one it names."""
     every = {
         "gate_proj": (sizes.width, sizes.hidden),
         "up_proj": (sizes.width, sizes.hidden),
         "down_proj": (sizes.hidden, sizes.width),
+        "q_proj": (sizes.hidden, sizes.hidden),
     }
-    return every if fields["peft_type"] == "MIXLORA" else {"up_proj": every["up_proj"]}
+    return {name: every[name] for name in fields["target_modules"]}
 
 
 def tensors_for(fields: dict[str, Any], sizes: Sizes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -134,15 +135,15 @@ class Ours:
         (only,) = [n.removeprefix("base.") for n in tensors if n.startswith("base.")][-1:]
         self.only = only
 
-    def step(self) -> tuple[float, dict[str, Tensor]]:
-        """Forward and backward with all gradients: seconds and tensors."""
+    def step(self) -> tuple[Seconds, dict[str, Tensor]]:
+        """Forward and backward with all gradients: time and tensors."""
         for parameter in self.module.parameters():
             parameter.grad = None
         x = self.x.clone().requires_grad_()
-        before = time.perf_counter()
+        started = Seconds.now()
         y = self.module(x)
         y.backward(self.dy)
-        seconds = time.perf_counter() - before
+        seconds = started.since()
         assert x.grad is not None
         found = {"y": y.detach(), "dx": x.grad}
         for name, parameter in self.module.named_parameters():
@@ -210,10 +211,9 @@ class Peer:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def seconds(self) -> float:
-        """One forward and backward, by its own clock."""
-        seconds: float = self._ask("step")["seconds"]
-        return seconds
+    def seconds(self) -> Seconds:
+        """One forward and backward, by its own clocks."""
+        return Seconds(*self._ask("step")["seconds"])
 
     def outputs(self) -> dict[str, Tensor]:
         """Output and gradients of a step."""

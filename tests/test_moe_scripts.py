@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from benchmarks import moe as bench
 from benchmarks import moe_costs, moe_layers, moe_training
+from benchmarks.moe_peer import Seconds
 from fastlora import moe
 from tests.model_tools import llama
 
@@ -118,12 +119,13 @@ def test_the_layer_is_what_its_weights_say(name):
         a, b = tensors[f"{linear}.lora_A"][expert], tensors[f"{linear}.lora_B"][expert]
         return x @ tensors[f"base.{linear}"].T + s * x @ a.T @ b.T
 
-    if name in ("LoRAMoE", "MoLA"):
-        if name == "MoLA":
+    if fields["peft_type"] != "MIXLORA":
+        if fields["peft_type"] == "MOLA":
             top, chosen = p.topk(2, -1)
             p = torch.zeros_like(p).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
-        base = tensors["x"] @ tensors["base.up_proj"].T
-        want = base + sum(p[..., e, None] * (projection(tensors["x"], "up_proj", e) - base) for e in range(4))
+        (linear,) = linears
+        base = tensors["x"] @ tensors[f"base.{linear}"].T
+        want = base + sum(p[..., e, None] * (projection(tensors["x"], linear, e) - base) for e in range(4))
         torch.testing.assert_close(found["y"], want, rtol=1e-4, atol=1e-5)
     elif name == "MixLoRA":
         top, chosen = p.topk(2, -1)
@@ -142,8 +144,9 @@ def test_moe_peft_beside_us(tmp_path):
     row = bench.beside_peer("MixLoRA", moe_layers.TINY, threads=1, rounds=5, budget=0.1)
     assert row["parity"]["ok"], row
     assert row["rounds"] == 5
-    ratios = [b / a for a, b in zip(row["samples"]["fastlora"], row["samples"]["moe-peft"], strict=True)]
-    assert row["peer_over_fastlora"] == sorted(ratios)[2]
+    pairs = list(zip(row["samples"]["fastlora"], row["samples"]["moe-peft"], strict=True))
+    assert row["peer_over_fastlora"] == sorted(theirs.wall / ours.wall for ours, theirs in pairs)[2]
+    assert row["peer_over_fastlora_cpu"] == sorted(theirs.cpu / ours.cpu for ours, theirs in pairs)[2]
     fields = moe_layers.methods(moe_layers.TINY)["LoRAMoE"]
     with (
         pytest.raises(RuntimeError, match="process ended: .*num_experts"),
@@ -175,7 +178,7 @@ def test_other_results_get_no_ratio(monkeypatch):
             return {name: tensor * 1.001 for name, tensor in self.ours.step()[1].items()}
 
         def seconds(self):
-            return 1e-9
+            return Seconds(1e-9, 1e-9)
 
     monkeypatch.setattr(bench, "Peer", Other)
     row = bench.beside_peer("MoLA", moe_layers.TINY, threads=1, rounds=2, budget=0.1)
