@@ -288,6 +288,14 @@ def test_nothing_appears_when_it_fails(tmp_path, fault, error, said, earlier):
     assert (names(tmp_path), contents(tmp_path)) == before
 
 
+def test_an_adapter_of_another_name_is_found_by_the_error(tmp_path):
+    """PEFT puts adapters that are not called "default" into a folder of their name."""
+    model_folder(tmp_path / "in", None)
+    adapter_folder(tmp_path / "adapters" / "french")
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json in .*; there is one in .*adapters/french$"):
+        merge_folder(tmp_path / "in", tmp_path / "adapters", tmp_path / "out")
+
+
 def test_what_fp16_cannot_hold_is_refused(bases, tmp_path):
     adapter = adapter_folder(tmp_path / "adapter")
     spoil(adapter / WEIGHTS, lambda t: t[key_of("lora_B.weight")].mul_(1e6))

@@ -19,6 +19,16 @@ from fastlora.nn.streaming import opened
 from fastlora.nn.targets import config_for
 
 
+def check_place(folder: Path) -> None:
+    """Raise FileNotFoundError, naming near places, unless the folder holds an adapter's config."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder")
+    if not (folder / peft.CONFIG_NAME).is_file():
+        inside = sorted(path.parent for path in folder.glob(f"*/{peft.CONFIG_NAME}"))
+        hint = f"; there is one in {', '.join(map(str, inside))}" if inside else ""
+        raise FileNotFoundError(f"no {peft.CONFIG_NAME} in {folder}{hint}")
+
+
 class AdapterFile:
     """A LoRA, DoRA or AdaLoRA adapter in PEFT's layout (adapter_model.bin is read whole, as tensors only).
 
@@ -36,6 +46,7 @@ class AdapterFile:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        check_place(self.folder)
         self._held: Mapping[str, Tensor] = {}
         text, metadata, outline = self._outline()
         if moe_peft.is_moe_state(outline):
@@ -53,7 +64,7 @@ class AdapterFile:
     def _outline(self) -> tuple[str, Mapping[str, str], dict[str, Tensor]]:
         """The config's text, the metadata, and every tensor without its data."""
         weights = self.folder / peft.WEIGHTS_NAME
-        if not weights.is_file() or not (self.folder / peft.CONFIG_NAME).is_file():
+        if not weights.is_file():
             whole = folders.read(self.folder)
             self._held = whole.state
             return whole.config, whole.metadata, {k: t.detach().to("meta") for k, t in whole.state.items()}

@@ -20,6 +20,7 @@ from fastlora.io.moe_peft import MoeCheckpoint
 from fastlora.io.peft import Checkpoint
 from fastlora.math import init
 from fastlora.nn import folders
+from fastlora.nn.adapter_file import check_place
 from fastlora.nn.output import check_output, copy_others, whole_folder
 from fastlora.nn.streaming import opened
 
@@ -123,8 +124,7 @@ def _method(found: _Found) -> str:
 
 
 def _read(folder: Path) -> _Found:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder")
+    check_place(folder)
     if (folder / plain.WEIGHTS_NAME).is_file():
         return _read_plain(folder)
     files = folders.read(folder)
@@ -142,8 +142,6 @@ def _read(folder: Path) -> _Found:
 
 def _read_plain(folder: Path) -> _Found:
     path = folder / peft.CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no {peft.CONFIG_NAME} in {folder}")
     with opened(folder / plain.WEIGHTS_NAME) as file:
         metadata = file.metadata() or {}
         state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
