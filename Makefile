@@ -86,8 +86,9 @@ types: $(TEST_READY) ## mypy
 contracts: $(TEST_READY) ## import-linter: who may import whom
 	@$(BIN)/lint-imports
 
+# Not --quiet: it would keep warnings from --strict.
 docs: $(DOCS_READY) ## the documentation into build/site, without a warning; open build/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Needs a browser (Debian: chromium) and fetches what drives it; not part of CI.
 docs-check: docs ## the built pages in a real browser: links, search, plots, narrow screen, dark mode
