@@ -100,7 +100,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except _Terminated as error:
         print("fastlora: terminated", file=sys.stderr)
         return int(str(error.code))
-    except (FastloraError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (FastloraError, ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError) as error:
         print(f"fastlora: {one_line(error)}", file=sys.stderr)
         return 1
     if result == INTERRUPTED:

@@ -16,7 +16,10 @@ from typing import Any
 # What asks a process to end and may be held back.
 _ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Weights in any form, and what lists them: a folder that is made gets its own.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"),
+    *(".onnx", ".onnx_data", ".tflite", ".index.json"),
+)
 _SUBFOLDERS = ("additional_chat_templates",)
 
 
