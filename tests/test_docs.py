@@ -240,6 +240,16 @@ def test_pages_hold_no_speed_typed_by_hand():
 # --- the site ---------------------------------------------------------------------------------------------------------
 
 
+def test_make_docs_fails_at_a_warning():
+    """--strict alone: mkdocs' --quiet would keep warnings from being counted."""
+    recipe = re.search(r"^docs:.*\n\t(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert "--strict" in recipe.split()
+    assert not {"-q", "--quiet"} & set(recipe.split())
+    settings_of_links = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nvalidation:")[2]
+    for kind in ("omitted_files", "unrecognized_links", "anchors"):
+        assert f"  {kind}: warn" in settings_of_links
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     assert [str(p.relative_to(DOCS)) for p in PAGES if str(p.relative_to(DOCS)) not in navigation] == []
