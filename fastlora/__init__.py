@@ -9,7 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastlora import adalora, functional
+    from fastlora import adalora, functional, moe
     from fastlora.config import LoraConfig
     from fastlora.errors import (
         ConfigError,
@@ -95,6 +95,7 @@ __all__ = [
     "load_quantized",
     "merge",
     "merge_and_unload",
+    "moe",
     "param_groups",
     "print_trainable_parameters",
     "register",

@@ -13,7 +13,7 @@ from torch import nn
 from fastlora import moe
 from fastlora.errors import ConfigError, DtypeError, ShapeError
 from fastlora.math import moe as reference
-from fastlora.ops.experts import RouterLogits
+from fastlora.ops.experts import RouterLogits, product_of_terms, tf32_terms
 from tests.experts_tools import E, H, inputs, mixlora, plugin
 
 T = 60
@@ -113,6 +113,21 @@ def test_scattered_gates():
 def test_gradients(route):
     z = logits(tokens=10).requires_grad_()
     assert torch.autograd.gradcheck(route, (z,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_that_tf32_does_not_round(dtype):
+    """What runs on a GPU, where TF32 may be allowed: every operand is its own rounding to 10 bits after the first."""
+    torch.manual_seed(0)
+    x, gate = torch.randn(9, 33).to(dtype), torch.randn(E, 33) * 0.02
+    for t in (x, gate):
+        terms = tf32_terms(t)
+        assert torch.equal(sum(terms[1:], terms[0]), t.float())
+        for term in terms:
+            mantissa = torch.frexp(term).mantissa * 2**11
+            assert torch.equal(mantissa, mantissa.round())
+    want = x.double() @ gate.double().T
+    torch.testing.assert_close(product_of_terms(x, gate).double(), want, rtol=0, atol=4e-7 * want.abs().max().item())
 
 
 def test_router_product_is_fp32_whatever_comes_in():

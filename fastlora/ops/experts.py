@@ -118,10 +118,38 @@ class RouterLogits(torch.autograd.Function):
 
 
 def router_product(x: Tensor, gate: Tensor) -> Tensor:
-    """x gate^T in the wider of fp32 and their dtypes, whatever autocast says."""
+    """x gate^T in the wider of fp32 and their dtypes, whatever autocast says and whether TF32 is allowed or not."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, gate.dtype), torch.float32)
     with torch.amp.autocast(x.device.type, enabled=False):
+        if x.device.type == "cuda" and dtype == torch.float32:
+            return product_of_terms(x, gate.to(dtype))
         return x.to(dtype) @ gate.to(dtype).T
+
+
+_TF32 = -(1 << 13)  # the bits of an fp32 number that TF32 keeps: 11 significant ones
+
+
+def tf32_terms(t: Tensor) -> list[Tensor]:
+    """Three fp32 tensors that TF32 holds exactly, whose sum is t; of a 16-bit t one."""
+    if t.dtype.itemsize == 2:
+        return [t.float()]
+    terms = []
+    for _ in range(3):
+        term = (t.view(torch.int32) & _TF32).view(torch.float32)
+        terms.append(term)
+        t = t - term
+    return terms
+
+
+def product_of_terms(x: Tensor, gate: Tensor) -> Tensor:
+    """x [T, k], gate fp32 [E, k] -> x gate^T, as exact on units that round their operands to TF32."""
+    stacked = torch.cat(tf32_terms(gate))  # [3 E, k]
+    z = None
+    for term in tf32_terms(x):
+        part = (term @ stacked.T).view(-1, 3, gate.shape[0]).sum(1)
+        z = part if z is None else z + part
+    assert z is not None
+    return z
 
 
 def router_logits(x: Tensor, gate: Tensor) -> Tensor:
