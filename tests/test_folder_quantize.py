@@ -55,6 +55,23 @@ def test_the_result_is_that_of_load_quantized(tmp_path, shard, options, keywords
     assert done.kept == ["lm_head"]
 
 
+def test_models_that_are_no_language_models(tmp_path):
+    """An encoder, as embedding models are: the class is the one its config names."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=61, max_position_embeddings=32, **sizes)).eval()
+    model.save_pretrained(tmp_path / "in")
+    done = quantize_folder(tmp_path / "in", tmp_path / "out")
+    assert (done.layers, done.kept) == (13, [])
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    assert type(loaded.pooler.dense).__name__ == "Linear4bit"
+    fields = {"r": 4, "init_seed": 5, "progress": False}
+    want = fastlora.load_quantized(tmp_path / "in", **fields)
+    assert type(want) is transformers.BertModel
+    same_parameters(fastlora.convert(loaded, **fields), want)
+
+
 def test_sizes_and_files_are_what_is_said(tmp_path):
     model_folder(tmp_path / "in")
     seen = []

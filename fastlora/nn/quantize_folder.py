@@ -69,7 +69,7 @@ def quantize_folder(
     quantization_config; tokenizer and other files are copied.
 
     Args:
-        folder: with config.json and safetensors files, of a causal language model that transformers knows.
+        folder: with config.json and safetensors files, of a model that transformers knows.
         output: the folder to make.
         quantize, blocksize, double_quant: as `fastlora.convert`.
         compute_dtype: what bitsandbytes shall multiply in; default: the model's own dtype.

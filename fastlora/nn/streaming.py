@@ -44,7 +44,7 @@ def load_quantized(
         folder: with model.safetensors, or the files that model.safetensors.index.json lists.
         config, fields, quantize, blocksize, double_quant, compute_dtype, adapter_name, progress: as `convert`.
         model: with parameters on the meta device, as made under `accelerate.init_empty_weights()`; without it
-            transformers builds the causal language model of the folder's config.json.
+            transformers builds the model that the folder's config.json names (a causal language model if none).
         dtype: of every floating-point tensor read; default: as in the files.
         device: where the result's tensors go.
 
@@ -178,8 +178,12 @@ def opened(file: pathlib.Path) -> Iterator[Any]:
 
 
 def built(folder: pathlib.Path, dtype: torch.dtype | None) -> nn.Module:
-    """The causal language model of a config.json, its parameters on meta and its buffers not."""
+    """The model of a config.json, its parameters on meta and its buffers not.
+
+    Its class is the one that `architectures` names, else that of the causal language model of its type.
+    """
     try:
+        import transformers
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     except ImportError as error:
@@ -190,8 +194,11 @@ def built(folder: pathlib.Path, dtype: torch.dtype | None) -> nn.Module:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{folder} holds a model that is quantized already: load it as usual and convert it")
+    kind = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    make: Any = kind._from_config if known else AutoModelForCausalLM.from_config  # type: ignore[union-attr]
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+        model = make(config, dtype=dtype or config.dtype)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
