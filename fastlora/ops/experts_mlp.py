@@ -201,16 +201,17 @@ class _Chunk(NamedTuple):
     owners: Segments
 
 
-# Bytes of one chunk's rows at one width on a CPU (2026-11, AMD Zen 4, 32 MiB of L3): what is formed stays in the cache.
+# Bytes of one chunk's rows. On a CPU what is formed stays in the cache (2026-11, AMD Zen 4, 32 MiB of L3); elsewhere
+# the half a dozen buffers of one call stay small beside what a model saves.
 _CHUNK_BYTES = 2 << 20
+_DEVICE_CHUNK_BYTES = 256 << 20
 
 
 def _chunks(experts: Tensor, count: int, width: int, itemsize: int) -> list[_Chunk]:
-    """experts [T, S] -> one chunk; on a CPU, where a pass over all rows would go through memory, several."""
+    """experts [T, S] -> chunks of so many tokens that their rows [., width] stay small; under the compiler one."""
     tokens, slots = experts.shape
-    size = tokens
-    if experts.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = max(64, _CHUNK_BYTES // (width * itemsize * slots))
+    limit = _CHUNK_BYTES if experts.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+    size = tokens if torch.compiler.is_compiling() else max(64, limit // (width * itemsize * slots))
     flat = experts.reshape(-1)
     if size >= tokens:
         return [_Chunk(slice(None), slice(None), segments(flat, count))]
