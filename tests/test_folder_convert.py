@@ -95,6 +95,7 @@ def test_moe_peft_gets_a_pickle_of_tensors_and_its_own_fields(tmp_path):
     assert fields["lora_dropout"] == 1e-12
     back = convert_adapter(tmp_path / "b", tmp_path / "c", "peft")
     assert back.source == "moe-peft"
+    assert json.loads((tmp_path / "c" / CONFIG).read_text())["lora_dropout"] == 0.0
     want = logits(fastlora.load_adapter(llama(), adapter))
     assert torch.equal(logits(fastlora.load_adapter(llama(), tmp_path / "c")), want)
     theirs = logits(peft_loads(tmp_path / "c"))

@@ -167,6 +167,8 @@ def _written(found: _Found, layout: str) -> tuple[Mapping[str, Tensor], dict[str
     fields = dict(found.fields)
     if isinstance(fields.get("target_modules"), Mapping):
         fields["target_modules"] = [name for name, wanted in fields["target_modules"].items() if wanted]
+    if layout != "moe-peft":
+        _replace_dropout(fields, NO_DROPOUT, 0.0)
     if isinstance(found.checkpoint, MoeCheckpoint):
         if layout == "peft":
             raise ConfigError(f"PEFT has no layout for {_method(found)}: known for it are moe-peft and plain")
@@ -201,11 +203,16 @@ def _lost(magnitudes: bool) -> list[str]:
 
 def _above_zero(fields: dict[str, Any]) -> list[str]:
     """MoE-PEFT asserts that dropout is above 0, in evaluation too; what stands for 0 drops nothing."""
-    changed = False
-    for each in (fields, fields.get("expert_lora")):
-        if isinstance(each, dict) and each.get("lora_dropout") == 0:
-            each["lora_dropout"], changed = NO_DROPOUT, True
+    changed = _replace_dropout(fields, 0.0, NO_DROPOUT)
     return [f"MoE-PEFT needs a dropout above 0: {NO_DROPOUT} stands for none"] if changed else []
+
+
+def _replace_dropout(fields: dict[str, Any], old: float, new: float) -> bool:
+    found = [each for each in (fields, fields.get("expert_lora")) if isinstance(each, dict)]
+    found = [each for each in found if each.get("lora_dropout") == old]
+    for each in found:
+        each["lora_dropout"] = new
+    return bool(found)
 
 
 def _moe_peft_fields(config: LoraConfig, checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[str, Any]:
