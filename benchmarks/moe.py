@@ -118,8 +118,8 @@ def peer_bytes(name: str, sizes: Sizes) -> int | None:
             return None
 
 
-def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One part as JSON types."""
+def run_part(part: str, options: argparse.Namespace, before: dict[str, Any] | None) -> dict[str, Any]:
+    """One part as JSON types; `before`: what the file held of it."""
     sizes, names = TINY if options.tiny else Sizes(), tuple(methods(Sizes()))
     started, load = time.perf_counter(), describe()
     results: Any
@@ -130,7 +130,7 @@ def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
     elif part == "speed":
         results = [beside_peer(name, sizes, options.threads, options.rounds, options.budget) for name in names]
     else:
-        results = moe_training.measure(options.steps, options.tiny)
+        results = moe_training.measure(options.steps, options.tiny, options.method, before and before["results"])
     if options.tiny and part != "training":
         for row in results:
             row.update({key: None for key in ("goal_met", "goals_met") if key in row})
@@ -245,6 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=25, help="of each method at most")
     parser.add_argument("--budget", type=float, default=8.0, help="seconds for one method's rounds")
     parser.add_argument("--steps", type=int, default=36, help="of training with each method")
+    parser.add_argument(
+        "--method", choices=tuple(moe_training.METHODS), nargs="+", default=(), help="train only these again"
+    )
     parser.add_argument("--tiny", action="store_true", help="small layers; needs --json and --png")
     chosen = parser.parse_args(arguments)
     if min(chosen.threads, chosen.rounds, chosen.steps) < 1:
@@ -253,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--tiny is no measurement: say with --json and --png where its files go")
     torch.set_num_threads(chosen.threads)
     report: dict[str, Any] = {}
-    if chosen.json.is_file() and set(chosen.part) != set(PARTS):
+    if chosen.json.is_file() and (chosen.method or set(chosen.part) != set(PARTS)):
         report = json.loads(chosen.json.read_text())
     report |= {
         "schema": SCHEMA,
@@ -263,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report["goals"]["saved_bytes"] = moe_costs.MOST_SAVED
     try:
         for part in dict.fromkeys(chosen.part):
-            report[part] = run_part(part, chosen)
+            report[part] = run_part(part, chosen, report.get(part))
     except fastlora.FastloraError as error:
         print(f"moe: {error}", file=sys.stderr)
         return 1
