@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.errors import ConfigError, ShapeError
 
-PARTS = [name for name in ("functional", "adalora") if importlib.util.find_spec(f"fastlora.{name}")]
+PARTS = [name for name in ("functional", "adalora", "moe") if importlib.util.find_spec(f"fastlora.{name}")]
 SHAPE = re.compile(r"\[[^\]\d][^\]]*\]|\[\d+\]|0-dim|any shape|`\w*\.?shape`|a shape|in_features|out_features")
 DTYPE = re.compile(
     r"\b(fp16|bf16|fp32|fp64|float16|bfloat16|float32|float64|float|floating-point|uint8|int64|bool|dtype)"

@@ -159,6 +159,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     `torch.save(safetensors.torch.load_file(...), "adapter_model.bin")`, but for lists of experts, ranks or top_k.
 
     Args:
+        model: with a mixture.
         folder: where to; another name than "default" goes into a folder of that name inside it.
         adapter_name: of the plain adapters beside the experts.
 
@@ -166,8 +167,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         The folder the two files are in.
 
     Raises:
-        ConfigError: no mixture, or parts the format cannot hold together. FileExistsError: the folder holds files of
-        these names that are no adapter's; they stay. OSError: the folder cannot be written.
+        ConfigError: no mixture, or parts the format cannot hold together.
+        FileExistsError: the folder holds files of these names that are no adapter's; they stay.
+        OSError: the folder cannot be written.
     """
     check_name(adapter_name)
     target = folders.place(folder, adapter_name)
@@ -203,8 +205,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         The same model.
 
     Raises:
-        FileNotFoundError: files missing. StateDictError, ConfigError: not whole, of another method, or not fitting
-        this model. The model has not changed then.
+        FileNotFoundError: files missing.
+        StateDictError, ConfigError: not whole, of another method, or not fitting this model. The model has not changed
+            then.
     """
     check_name(adapter_name)
     found = folders.read(folders.find(folder, adapter_name))

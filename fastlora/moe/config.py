@@ -41,8 +41,11 @@ class MoeConfig:
 
     Attributes:
         num_experts: E.
-        r, lora_alpha, lora_dropout, use_dora, use_rslora: of every expert and of the plain adapters beside them, as in
-            `LoraConfig`.
+        r: rank of every expert and of the plain adapters beside them.
+        lora_alpha: they are scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        lora_dropout: p in [0, 1), on their input.
+        use_dora: experts train a magnitude per output row as well.
+        use_rslora: rank-stabilised scaling.
         lora_init: a strategy of `fastlora.math.init` that leaves the base as it is ("original", "gaussian", ...).
         target_modules: names of linears, or name -> bool; None takes every one the method knows.
         router_init_range: how wide the gate starts.
@@ -117,7 +120,11 @@ class MoeConfig:
         return self.lora_config()
 
     def gate_bound(self, in_features: int) -> float:
-        """b: the gate of a linear starts uniform in +-b, kaiming-uniform with slope sqrt(router_init_range)."""
+        """b: the gate of a linear starts uniform in +-b, kaiming-uniform with slope sqrt(router_init_range).
+
+        Args:
+            in_features: of the linear.
+        """
         return math.sqrt(6.0 / ((1.0 + self.router_init_range) * in_features))
 
     def replace(self, **changes: Any) -> Self:
@@ -148,6 +155,9 @@ class MoeConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_dict` or MoE-PEFT wrote.
 
+        Args:
+            values: keys and values as in the JSON.
+
         Raises:
             ConfigError: another method's config, or a key that is missing, unknown or cannot be honoured.
         """
@@ -165,7 +175,11 @@ class MoeConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """`from_dict` of JSON text."""
+        """`from_dict` of JSON text.
+
+        Raises:
+            ConfigError: no JSON object, or as `from_dict`.
+        """
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -188,17 +202,21 @@ class MixLoraConfig(MoeConfig):
     Attributes:
         routing_strategy: "mixlora" (top-k), "mixlora-dynamic" (top-p) or "mixlora-switch" (top-1 with a capacity).
         top_k: experts a token, for "mixlora".
-        top_p, temperature: for "mixlora-dynamic": a token keeps experts until their mass exceeds top_p, in (0, 1]; a
-            temperature above 0 divides the probabilities.
-        expert_capacity, ffn_dropout, router_z_loss_coef: for "mixlora-switch"; the capacity is tokens a sequence and
-            expert, at least 1.
+        top_p: for "mixlora-dynamic": a token keeps experts until their mass exceeds it, in (0, 1].
+        temperature: for "mixlora-dynamic": above 0 it divides the probabilities.
+        expert_capacity: for "mixlora-switch": tokens a sequence and expert, at least 1.
+        ffn_dropout: for "mixlora-switch": of the result, in [0, 1).
+        router_z_loss_coef: for "mixlora-switch": of the z loss.
         jitter_noise: in training router and experts see x * U(1 - noise, 1 + noise) (switch: the router alone);
             default 0, for switch 0.01.
         router_init_range: standard deviation of the gate; default 0.02, for switch 1.0.
-        router_aux_loss_coef, router_loss: of the balance loss, and whether there is one.
+        router_aux_loss_coef: of the balance loss.
+        router_loss: whether there is one.
         act_fn: name of the experts' activation; None: the model's own.
         expert_lora: the experts' own r, lora_alpha, lora_dropout, use_dora, use_rslora or lora_init.
         sparse_step: kept for MoE-PEFT, which does not use it.
+
+    The other fields, and what is raised, are those of `MoeConfig`.
     """
 
     routing_strategy: str = "mixlora"
@@ -263,7 +281,11 @@ class MixLoraConfig(MoeConfig):
         return {"mixlora": self.top_k, "mixlora-dynamic": self.num_experts}.get(self.routing_strategy, 1)
 
     def expert_config(self) -> LoraConfig:
-        """The config of one expert: this config's adapter with `expert_lora` on top."""
+        """The config of one expert: this config's adapter with `expert_lora` on top.
+
+        Raises:
+            ConfigError: a field of it does not fit.
+        """
         own = dict(self.expert_lora or {})
         strategy = init.canonical(own.pop("lora_init", self.lora_init))
         if init.changes_base(strategy) or strategy == "orthogonal":
@@ -284,7 +306,10 @@ class LoraMoeConfig(MoeConfig):
 
     Attributes:
         router_init_range: squared slope of the gate's kaiming-uniform start; 5.0 is uniform in +-1/sqrt(in).
-        blc_alpha, blc_weight: of the localised balance constraint (`fastlora.moe.router_loss`); weight 0: none.
+        blc_alpha: of the localised balance constraint (`fastlora.moe.router_loss`), in [0, 1].
+        blc_weight: of the same; 0: none.
+
+    The other fields, and what is raised, are those of `MoeConfig`; use_dora is refused.
     """
 
     router_init_range: float = 5.0
@@ -312,9 +337,14 @@ class MolaConfig(MoeConfig):
     """Every linear gets experts, of which a token takes top_k (MoLA, 2402.08562).
 
     Attributes:
-        num_experts, top_k, r: one number, or a list with one for each decoder layer.
+        num_experts: one number, or a list with one for each decoder layer.
+        top_k: experts a token; one number or a list.
+        r: rank; one number or a list.
         router_init_range: squared slope of the gate's kaiming-uniform start; 5.0 is uniform in +-1/sqrt(in).
-        router_aux_loss_coef, router_loss: of the balance loss, and whether there is one (MoE-PEFT: no).
+        router_aux_loss_coef: of the balance loss.
+        router_loss: whether there is one (MoE-PEFT: no).
+
+    The other fields, and what is raised, are those of `MoeConfig`; use_dora is refused.
     """
 
     num_experts: int | Sequence[int]  # type: ignore[assignment]
@@ -387,6 +417,9 @@ _BY_STRATEGY = {**dict.fromkeys(STRATEGIES, "MIXLORA"), "loramoe": "LORAMOE", "m
 
 def config_from_dict(values: Mapping[str, Any]) -> MoeConfig:
     """The config of whichever of the three methods: a known peft_type decides, else routing_strategy.
+
+    Args:
+        values: MoE-PEFT's keys and values.
 
     Raises:
         ConfigError: neither names a method, or a field that does not fit.

@@ -163,9 +163,13 @@ def convert(
     a decoder layer.
 
     Args:
+        model: of transformers, or any whose decoder layers hold gated MLPs.
         config: MixLoraConfig, LoraMoeConfig, MolaConfig, or a dict with MoE-PEFT's keys.
         quantize: "nf4" or "fp4" quantizes dense bases; a bitsandbytes 4-bit base stays as it is.
+        blocksize: weights that share one scale of the 4-bit format.
+        double_quant: quantize the scales too.
         adapter_name: of the plain adapters.
+        progress: show a progress bar.
 
     Returns:
         The same model.

@@ -71,11 +71,15 @@ class ExpertLinear(nn.Module):
     """y = x W^T + bias for every token, and what each expert adds to it; the modules of this package run it.
 
     Attributes:
-        weight: frozen; a Parameter [out, in] or a `QuantizedWeight`. bias: frozen [out] or None.
-        lora_A, lora_B: [E, r, in] and [E, out, r], or None where a projection has no adapters.
+        weight: frozen; a Parameter [out, in] or a `QuantizedWeight`.
+        bias: frozen [out] or None.
+        lora_A: [E, r, in], or None where a projection has no adapters.
+        lora_B: [E, out, r], or None.
         lora_magnitude: [E, out], only with DoRA.
-        scaling, dropout: of every expert.
-        in_features, out_features.
+        scaling: of every expert.
+        dropout: p of every expert.
+        in_features: of the linear.
+        out_features: of the linear.
     """
 
     in_features: int
@@ -141,7 +145,7 @@ class ExpertLinear(nn.Module):
         return expert_norms(self._packed(), self.lora_A, self.lora_B, self.scaling)
 
     def operand_dtype(self, x: Tensor) -> torch.dtype:
-        """What x is computed in: the 4-bit layer's compute dtype, autocast's, or its own.
+        """What x [..., in] is computed in: the 4-bit layer's compute dtype, autocast's, or its own.
 
         Raises:
             DtypeError: a dense weight of another dtype.
@@ -162,11 +166,11 @@ class ExpertLinear(nn.Module):
         return Frozen(weight, self.bias, on_grid, self.scaling, p, self.projection * PROJECTION_STREAMS, norm)
 
     def adapters(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """lora_A, lora_B, lora_magnitude."""
+        """lora_A [E, r, in], lora_B [E, out, r], lora_magnitude [E, out], in their own dtype; None where absent."""
         return self.lora_A, self.lora_B, self.lora_magnitude
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The frozen weight as a dense [out, in] tensor."""
+        """The frozen weight as a dense [out, in] tensor of a dtype (default: its own, or the one it had)."""
         if isinstance(self.weight, QuantizedWeight):
             return self.weight.dequantize(dtype)
         dense: Tensor = self.weight.detach()

@@ -17,12 +17,16 @@ MoeModule = MixLoraMLP | GatedLoraLinear
 
 
 def moe_modules(model: nn.Module) -> dict[str, MoeModule]:
-    """The model's mixtures by name, in its own order."""
+    """The mixtures of a model by name, in its own order."""
     return {name: each for name, each in model.named_modules() if isinstance(each, (MixLoraMLP, GatedLoraLinear))}
 
 
 def router_logits(model: nn.Module) -> dict[str, Tensor]:
-    """Each mixture's logits of the last forward, fp32 [tokens, E], by name; those that have not run are left out."""
+    """The logits of the last forward of each mixture of a model, by name; those that have not run are left out.
+
+    Returns:
+        name -> fp32 [tokens, E].
+    """
     found = {}
     for name, module in moe_modules(model).items():
         logits = module.gate.logits
@@ -134,10 +138,11 @@ def router_loss(
     per_layer: bool | None = None,
     normalized: bool = False,
 ) -> Tensor:
-    """The auxiliary loss of the last forward, coefficients included: add it to the task loss before backward.
+    """The auxiliary loss of a model's last forward, coefficients included: add it to the task loss before backward.
 
     MixLoRA top-k and top-p, MoLA: router_aux_loss_coef * E sum_j sum_e f[j, e] P[e]. Switch: its own balance and z
-    loss. LoRAMoE: blc_weight * the balance constraint, summed over linears. Formulas: `fastlora.math.moe`.
+    loss. LoRAMoE: blc_weight * the balance constraint, summed over linears. Formulas: `fastlora.math.moe`; sources:
+    MixLoRA (2404.15159), LoRAMoE (2312.09979), MoLA (2402.08562).
 
     A checkpoint's second run neither counts again nor loses the graph, under both modes; with use_reentrant=True call
     this after every forward and before its backward, in the same backward as the task loss.

@@ -157,10 +157,10 @@ def _check_function(mlp: nn.Module, layout: Layout, act: str | Callable[[Tensor]
 
 
 class MixLoraMLP(nn.Module):
-    """y = sum_j w_j FFN_e_j(x): a frozen gated MLP with E stacks of adapters, the router choosing for each token.
+    """y = sum_j w_j FFN_e_j(x): a frozen gated MLP with E stacks of adapters (MixLoRA, 2404.15159).
 
-    Made by `from_mlp`. The projections keep their names: gate_proj, up_proj and down_proj (gate_up_proj and down_proj;
-    fc1 and fc2), each an `ExpertLinear`.
+    The router chooses for each token. Made by `from_mlp`. The projections keep their names: gate_proj, up_proj and
+    down_proj (gate_up_proj and down_proj; fc1 and fc2), each an `ExpertLinear`.
 
     Routing in fp32: top-k with renormalised weights; top-p, not renormalised; switch, where a token beyond its expert's
     capacity in the sequence is passed on, p_max x. In training `jitter_noise` multiplies what router and experts see
@@ -168,8 +168,10 @@ class MixLoraMLP(nn.Module):
     own dropout mask in each slot.
 
     Attributes:
-        config: MixLoraConfig with its seed. model_config: the config `convert` was given, else the same.
-        gate: the `Router`; gate.weight fp32 [E, in]. layer: the decoder layer's number, None outside a model.
+        config: MixLoraConfig with its seed.
+        model_config: the config `convert` was given, else the same.
+        gate: the `Router`; gate.weight fp32 [E, in].
+        layer: the decoder layer's number, None outside a model.
     """
 
     gate: Router
@@ -204,8 +206,11 @@ class MixLoraMLP(nn.Module):
         """Adopt an MLP's linears (dense: no copy, frozen from now on; bitsandbytes 4-bit: its bytes).
 
         Args:
+            mlp: with linears gate_proj, up_proj, down_proj (or gate_up_proj, down_proj; fc1, fc2).
             config: MixLoraConfig or a dict with MoE-PEFT's keys.
             quantize: "nf4" or "fp4" quantizes a dense base.
+            blocksize: weights that share one scale of the 4-bit format.
+            double_quant: quantize the scales too.
 
         Raises:
             ConfigError, DtypeError, ShapeError: no MLP we know, or a config that does not fit; nothing has changed.
@@ -233,7 +238,7 @@ class MixLoraMLP(nn.Module):
         return {name: self._projection(name) for name in (*self.layout.inputs, self.layout.down)}
 
     def route(self, logits: Tensor, sequence: int) -> moe.Routing:
-        """logits [T, E], tokens of `sequence` in a row -> weights and experts [T, S]."""
+        """logits fp32 [T, E], tokens of `sequence` in a row -> weights fp32 and experts int64 [T, S]."""
         config = self.config
         if config.routing_strategy == "mixlora":
             return moe.route_top_k(logits, config.top_k)
@@ -248,7 +253,11 @@ class MixLoraMLP(nn.Module):
         return x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the dtype of x (autocast's when that is on)."""
+        """x [..., in] -> [..., out], in the dtype of x (autocast's when that is on).
+
+        Raises:
+            ShapeError, DtypeError: x does not fit.
+        """
         parts = self.projections
         first = parts[self.layout.inputs[0]]
         if x.dim() < 1 or x.shape[-1] != first.in_features:

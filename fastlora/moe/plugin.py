@@ -23,9 +23,10 @@ class GatedLoraLinear(ExpertLinear):
     One dropout mask is shared by all experts of a layer. The gate sees x undropped.
 
     Attributes:
-        config: with its seed. model_config: the config `convert` was given, else the same.
-        gate: the `Router`; gate.weight fp32 [E, in]. layer: the decoder layer's number, None outside a model.
-        and those of `ExpertLinear`.
+        config: with its seed.
+        model_config: the config `convert` was given, else the same.
+        gate: the `Router`; gate.weight fp32 [E, in].
+        layer: the decoder layer's number, None outside a model. The others are those of `ExpertLinear`.
     """
 
     config_class: ClassVar[type[MoeConfig]]
@@ -63,8 +64,11 @@ class GatedLoraLinear(ExpertLinear):
         """Adopt a linear's weight and bias (dense: no copy, frozen from now on; bitsandbytes 4-bit: its bytes).
 
         Args:
+            linear: `nn.Linear` or a bitsandbytes 4-bit one.
             config: a config of the method, or a dict with MoE-PEFT's keys.
             quantize: "nf4" or "fp4" quantizes a dense base.
+            blocksize: weights that share one scale of the 4-bit format.
+            double_quant: quantize the scales too.
 
         Raises:
             ConfigError, DtypeError, ShapeError: a layer or config that does not fit; nothing has changed.
@@ -84,7 +88,11 @@ class GatedLoraLinear(ExpertLinear):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], in the dtype of x (autocast's when that is on)."""
+        """x [..., in] -> [..., out], in the dtype of x (autocast's when that is on).
+
+        Raises:
+            ShapeError, DtypeError: x does not fit.
+        """
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ShapeError(f"expected x with last dimension {self.in_features}, got shape {tuple(x.shape)}")
         assert self.lora_A is not None and self.lora_B is not None
@@ -100,29 +108,41 @@ class GatedLoraLinear(ExpertLinear):
 
 
 class LoraMoeLinear(GatedLoraLinear):
-    """Every expert, weighted by the softmax of the gate (LoRAMoE, 2312.09979)."""
+    """Every expert, weighted by the softmax of the gate (LoRAMoE, 2312.09979). Made by `from_linear`.
+
+    y = x W^T + bias + sum_e g_e s B_e A_e drop(x), g = softmax(x gate^T). Attributes: those of `ExpertLinear`, `gate`
+    (weight fp32 [E, in]) and `config`.
+    """
 
     config_class = LoraMoeConfig
     config: LoraMoeConfig
 
     def gates(self, logits: Tensor) -> Tensor:
-        """softmax(logits)."""
+        """softmax(logits): fp32 [T, E] -> [T, E]."""
         return torch.softmax(logits, -1)
 
 
 class MolaLinear(GatedLoraLinear):
-    """The top_k experts of a token, their weights summing to 1 (MoLA, 2402.08562)."""
+    """The top_k experts of a token, their weights summing to 1 (MoLA, 2402.08562). Made by `from_linear`.
+
+    y = x W^T + bias + sum_e g_e s B_e A_e drop(x), g the renormalised top_k of softmax(x gate^T). Attributes: those of
+    `ExpertLinear`, `gate` (weight fp32 [E, in]) and `config`.
+    """
 
     config_class = MolaConfig
     config: MolaConfig
 
     @classmethod
     def own_config(cls, config: MolaConfig, layer: int | None) -> MolaConfig:
-        """The config of one layer, without lists."""
+        """The config of one layer, without lists.
+
+        Raises:
+            ConfigError: lists, and no layer to choose from them.
+        """
         if config.layers is not None and layer is None:
             raise ConfigError("lists of experts, ranks or top_k are for a model's layers: use fastlora.moe.convert")
         return config if layer is None else config.for_layer(layer)
 
     def gates(self, logits: Tensor) -> Tensor:
-        """The renormalised top_k of the softmax, 0 elsewhere."""
+        """The renormalised top_k of softmax(logits), 0 elsewhere: fp32 [T, E] -> [T, E]."""
         return moe.scatter_gates(moe.route_top_k(logits, self.config.top_k), self.config.num_experts)  # type: ignore[arg-type]
