@@ -1,6 +1,10 @@
 """What moe-peft 2.0.2 computes, kept as small tensors: tests/data/moe. Runs in the peer's environment (`moe_peer`).
 
     build/moe-venv/bin/python -m benchmarks.moe_goldens tests/data/moe
+    build/moe-venv/bin/python -m benchmarks.moe_goldens tests/data/moe --read FOLDER mixlora
+
+With --read it computes nothing new: moe-peft opens an adapter's folder that fastlora saved and prints how far its
+logits are from the case's.
 
 A Llama of two layers in fp32, random everywhere a zero would hide an error: biases (but for DoRA, whose bias the peer
 scales), B, wide gates, magnitudes off their init. One file a case: `adapter.*` under the peer's own keys, `grad.*` of
@@ -142,11 +146,10 @@ def golden(fields: dict[str, Any], base: dict[str, Tensor]) -> tuple[dict[str, T
     return {name: tensor.contiguous() for name, tensor in kept.items()}, about
 
 
-def main(folder: Path) -> int:
-    """Write base.safetensors and one file a case."""
+def write(folder: Path) -> None:
+    """base.safetensors and one file a case."""
     from safetensors.torch import save_file
 
-    torch.set_num_threads(1)
     base = base_weights()
     save_file({**base, **batch()}, folder / "base.safetensors", metadata={"sizes": json.dumps(SIZES)})
     (folder / "base.safetensors").chmod(0o644)
@@ -156,8 +159,32 @@ def main(folder: Path) -> int:
         (folder / f"{name}.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         shown = {key: float(tensors[key]) for key in ("loss", "aux_loss") if key in tensors}
         print(name, f"{sum(t.nbytes for t in tensors.values()) >> 10} KiB", shown)
+
+
+def read(folder: Path, adapter: Path, name: str) -> float:
+    """The largest difference between a case's logits and those of an adapter's folder, both in the peer."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "base.safetensors")
+    given = {key: tensors.pop(key) for key in batch()}
+    bare = bool(CASES[name].get("use_dora"))
+    model = moe_peer.llama(SIZES, {n: t for n, t in tensors.items() if not (bare and n.endswith("bias"))})
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    moe_peer.adopt(model, fields, load_file(adapter / "adapter_model.safetensors"))
+    out = moe_peer.run(model, given["input_ids"], given["attention_mask"], given["labels"])
+    return float((out.logits - load_file(folder / f"{name}.safetensors")["logits"]).abs().max())
+
+
+def main(arguments: list[str]) -> int:
+    """Write the cases, or read an adapter."""
+    torch.set_num_threads(1)
+    folder = Path(arguments[0])
+    if arguments[1:2] == ["--read"]:
+        print(read(folder, Path(arguments[2]), arguments[3]))
+    else:
+        write(folder)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

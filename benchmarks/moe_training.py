@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,15 +88,14 @@ def task_loss(model: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def train(model: Any, batches: list[Batch], rate: float) -> tuple[list[float], list[float], list[float]]:
-    """One optimizer step a batch: task losses, router losses, seconds."""
+def train(model: Any, batches: list[Batch], rate: float) -> tuple[list[float], list[float]]:
+    """One optimizer step a batch: task losses and router losses."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     plan = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, len(batches)))
     model.train()
-    losses, routers, seconds = [], [], []
+    losses, routers = [], []
     for batch in batches:
-        before = time.perf_counter()
         loss = task_loss(model, batch)
         router = moe.router_loss(model, batch[1])
         (loss + router).backward()
@@ -107,8 +105,7 @@ def train(model: Any, batches: list[Batch], rate: float) -> tuple[list[float], l
         plan.step()
         losses.append(loss.item())
         routers.append(router.item())
-        seconds.append(time.perf_counter() - before)
-    return losses, routers, seconds
+    return losses, routers
 
 
 @torch.no_grad()
@@ -159,7 +156,7 @@ def one_method(name: str, text: Any) -> dict[str, Any]:
     model = moe.convert(text.model(), METHODS[name], progress=False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     before, start_load = judge(model, text.held_out), expert_load(model, text.held_out)
-    losses, routers, seconds = train(model, text.train, RATES[name])
+    losses, routers = train(model, text.train, RATES[name])
     with tempfile.TemporaryDirectory() as folder:
         moe.save_adapter(model, folder)
         reloaded = moe.load_adapter(text.model(), folder)
@@ -172,7 +169,6 @@ def one_method(name: str, text: Any) -> dict[str, Any]:
         "held_out_after": judge(model, text.held_out),
         "losses": losses,
         "router_losses": routers,
-        "seconds_a_step": sorted(seconds)[len(seconds) // 2],
         "load_before": start_load,
         "load": expert_load(model, text.held_out),
         "reloaded": same_predictions(model, reloaded, text.held_out[0]),
@@ -213,7 +209,7 @@ def table(results: dict[str, Any]) -> str:
     """One line a method."""
     lines = [
         f"{results['model']}, {results['steps']} steps of {results['tokens_a_step']:.0f} tokens",
-        f"{'':<9}{'held-out loss':>22}{'training loss':>18}{'busiest expert':>16}{'s/step':>8}  reloaded",
+        f"{'':<9}{'held-out loss':>22}{'training loss':>18}{'busiest expert':>16}  reloaded",
     ]
     for row in results["methods"]:
         third = max(1, len(row["losses"]) // 3)
@@ -222,7 +218,7 @@ def table(results: dict[str, Any]) -> str:
         same = row["reloaded"]
         lines.append(
             f"{row['method']:<9}{row['held_out_before']:>12.3f} ->{row['held_out_after']:>7.3f}"
-            f"{first:>9.3f} ->{last:>6.3f}{spread(row['load']):>15.2f}x{row['seconds_a_step']:>8.2f}"
+            f"{first:>9.3f} ->{last:>6.3f}{spread(row['load']):>15.2f}x"
             f"  {'same tokens' if same['same_tokens'] else 'OTHER TOKENS'}, {same['largest_difference']:.1e}"
             f"{'' if fell else '  LOSS DID NOT FALL'}"
         )

@@ -235,11 +235,11 @@ def moe(found: dict[str, Any]) -> str:
                 row["method"],
                 figure(row["held_out_before"]),
                 figure(row["held_out_after"]),
-                figure(row["seconds_a_step"]),
+                "the same" if row["reloaded"]["same_tokens"] else "others",
             ]
             for row in results["methods"]
         ]
-        head = ["method", "held-out loss before", "after", "seconds a step"]
+        head = ["method", "held-out loss before", "after", "predictions after saving and loading"]
         text += [f"{results['model']}, {results['steps']} steps.", machine(part), table(head, rows)]
     return "\n\n".join(text)
 

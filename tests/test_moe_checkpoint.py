@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,6 +237,22 @@ def test_older_mixlora_folders_load(tmp_path):
     )
     model = moe.load_adapter(moe_tools.base(), folder)
     close(_logits(model), _logits(_loaded("mixlora", tmp_path / "new")[0]), **OUTPUT)
+
+
+PEER = Path(__file__).resolve().parent.parent / "build" / "moe-venv" / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEER.is_file(), reason="moe-peft's environment is not set up")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_moe_peft_opens_what_is_saved_here(name, tmp_path):
+    """Its own loader of configs and tensors; magnitudes, for which it has no key, are put in beside it."""
+    folder = moe.save_adapter(_loaded(name, tmp_path / "in")[0], tmp_path / "out")
+    command = [str(PEER), "-m", "benchmarks.moe_goldens", str(moe_tools.DATA), "--read", str(folder), name]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 2e-6
 
 
 FORGOTTEN = {
