@@ -140,14 +140,15 @@ def check_search(browser: Browser, root: str, shots: pathlib.Path | None) -> lis
         page.keyboard.type(word)
         try:
             page.wait_for_selector(".md-search-result__item a", timeout=15_000)
-        except TimeoutError:
-            problems.append(f"search ({where}): nothing for {word!r}")
-        else:
             if shots:
                 page.screenshot(path=str(shots / f"search-{where}.png"))
             page.click(".md-search-result__item a")
             page.wait_for_load_state()
-            if word.split("_")[0].split()[0].lower() not in (page.text_content(".md-content") or "").lower():
+            text = page.text_content(".md-content", timeout=15_000) or ""
+        except TimeoutError:
+            problems.append(f"search ({where}): nothing for {word!r}, or a result that leads nowhere")
+        else:
+            if word.split("_")[0].split()[0].lower() not in text.lower():
                 problems.append(f"search ({where}): {word!r} leads to {page.url}, which does not hold it")
         context.close()
     return problems
