@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import fastlora
 from fastlora import ConfigError, FastloraError, StateDictError, moe
 from fastlora.io import moe_peft
-from tests import moe_tools
+from tests import moe_tools, moe_workers
+from tests.distributed_tools import run_world
 from tests.model_tools import move, unchanged
 from tests.moe_tools import MIXTURES, OUTPUT, close
 
@@ -469,3 +470,19 @@ def test_a_pickle_of_experts_never_runs_code(tmp_path):
     with unchanged(model), pytest.raises(StateDictError, match="nothing else"):
         moe.load_adapter(model, folder)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
+def test_a_mixture_cut_over_processes_saves_and_loads_whole(tmp_path):
+    """FSDP2: all gather, the first process writes; every process fills its own part."""
+    case = moe_tools.golden("mixlora_dora")
+    moe_tools.write(case, tmp_path / "in")
+    found = run_world(2, tmp_path, moe_workers.save_and_load, str(tmp_path))
+    saved, state = load_file(tmp_path / "out" / "adapter_model.safetensors"), case.part("adapter")
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in state.items())
+    alone = moe.load_adapter(moe_tools.base(bias=False), tmp_path / "in")
+    for name, parameter in alone.named_parameters():
+        if parameter.requires_grad:
+            assert all(torch.equal(each[name], parameter) for each in found), name
