@@ -152,6 +152,23 @@ aot: $(AOT_READY) ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, n
 mutants: $(TEST_READY) ## break the kernels line by line: the tests must notice
 	$(BIN)/python -m benchmarks.mutants $(ARGS)
 
+# The CUDA library by setup.py's command, with the nvcc that setup.py would find or, without one, NVIDIA's packages for
+# pip; then what its kernels cost. An installed one comes from FASTLORA_BUILD=cuda.
+CUDA_VENV := build/cuda-venv
+CUDA_PINS := $(foreach name,nvcc crt runtime cccl,nvidia-cuda-$(name)==13.0.*) nvidia-nvvm==13.0.*
+NVCC_FOUND := $(or $(CUDACXX),$(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc))
+$(CUDA_VENV)/.ready:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -qq --no-compile --disable-pip-version-check $(CUDA_PINS)
+	@touch $@
+
+cuda: $(TEST_READY) $(if $(NVCC_FOUND),,$(CUDA_VENV)/.ready) ## the CUDA kernels for every architecture, no GPU needed, and their resource table
+	CUDACXX=$${CUDACXX:-$$(ls $(if $(NVCC_FOUND),$(NVCC_FOUND),$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu*/bin/nvcc))} \
+	  $(BIN)/python -c 'import setuptools; setuptools.setup = lambda **_: None; import pathlib, setup; \
+	  path = pathlib.Path("build/cuda/libfastlora_cuda.so"); path.parent.mkdir(parents=True, exist_ok=True); \
+	  setup.compile_cuda(setup.CUDA.sources, path)'
+	$(BIN)/python -m benchmarks.cuda_resources build/cuda/libfastlora_cuda.so
+
 # The CPU library compiled by hand: one rule a folder, with setup.py's flags and what comes on top.
 CPU_SOURCES := $(wildcard csrc/cpu/*.cpp)
 CPU_PARTS := $(wildcard csrc/cpu/*.h csrc/include/*.h) csrc/cpu/flags.txt
