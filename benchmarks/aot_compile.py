@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastlora.backends.triton.launch import Launch, interpreting
+from fastlora.backends.triton.launch import Launch, compiler_options, interpreting
 
 # Raised whenever the figures below are read in another way: older records are then no longer used.
 READER = {"cuda": 3, "hip": 4}
@@ -178,6 +178,8 @@ class Specialisation:
                 facts = {fact[0].removeprefix("tt.") for fact in self.attributes.get((index,), ())}
                 words.append(f"{name}:{kind}{''.join('%' + fact for fact in sorted(facts))}")
         words.append(f"warps={self.launch.num_warps} stages={self.launch.num_stages} fusion={self.launch.fp_fusion}")
+        if limit := getattr(self.options, "maxnreg", None):
+            words.append(f"registers<={limit}")
         return " ".join(words).replace("%divisibility", "/16").replace("%pointer_range", "/32bit")
 
     @property
@@ -214,12 +216,9 @@ def specialise(launch: Launch, target_name: str) -> Specialisation:
     kernel = launch.kernel
     backend = make_backend(GPUS[target_name])
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "enable_fp_fusion": launch.fp_fusion,
-        "debug": False,
-    }
+    arch = GPUS[target_name].arch
+    own = (launch.num_warps, launch.num_stages, launch.fp_fusion)
+    options = compiler_options(arch if isinstance(arch, int) else 0, *own) | {"debug": False}
     bound, facts, options = bind(*launch.args, **launch.constexprs, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, facts, options)
     return Specialisation(kernel, target_name, signature, constants, attributes, parsed, launch)

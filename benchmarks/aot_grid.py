@@ -211,6 +211,12 @@ def core() -> Iterator[Problem]:
         (TRAINING, 256, FP32, NESTED, 0),
         (ODD, 24, FP32, PLAIN, BIAS),
         (ODD, 24, BF16, DENSE, shared),
+        # Both products of one walk, beside every sum over rows.
+        (TRAINING, 24, BF16, NESTED, DORA | BIAS),
+        (TRAINING, 24, FP32, NESTED, BIAS),
+        (ODD, 1, FP32, DENSE, DORA),
+        (ODD, 100, FP16, DENSE, own_drop | BIAS),
+        (FEW[1], 16, BF16, NESTED, BIAS),
     ):
         yield from _linear(shape, r, dtype, fmt, flags)
     for shape, dtype in ((FEW_ODD, BF16), (FEW[2], FP32)):

@@ -141,8 +141,8 @@ def test_tiles_fit_the_device(name, dtype):
     at = TARGETS[name]
     for m, n in [(1, 128), (64, 4096), (512, 4096), (8192, 14336)]:
         for tma in (False, True):
-            for heavy in (False, True):
-                tile = dense.tile_linear(at, m, n, dtype, tma, heavy)
+            for masked, two in ((False, False), (True, False), (False, True)):
+                tile = dense.tile_linear(at, m, n, dtype, tma, masked=masked, two=two)
                 stage = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
                 stages = tile.num_stages if at.kind == "cuda" else 1
                 assert stage * stages <= at.shared_memory

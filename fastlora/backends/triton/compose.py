@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora.backends.triton.expand import low_rank_tile, tile_expand
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import cast, draw_bits, offsets
 from fastlora.backends.triton.shrink import Dropout, keep, load_bits, precision, rank_block, ratio
 from fastlora.backends.triton.weight import wide as is_wide
 
 
-@triton.jit
+@entry
 def _columns_kernel(
     z_ptr,
     out_ptr,
@@ -44,7 +43,7 @@ def _columns_kernel(
     tl.store(out_ptr + where, cast(value, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@entry
 def _mask_kernel(
     t_ptr,
     out_ptr,
@@ -79,7 +78,7 @@ def _mask_kernel(
     tl.store(out_ptr + where, keep(value, bits, BLOCK_M, BLOCK_N), mask=inside)
 
 
-@triton.jit
+@entry
 def _compose_kernel(
     u_ptr,
     v_ptr,
@@ -139,8 +138,10 @@ def tile_columns(target: Target, m: int) -> Tile:
 def tile_compose(target: Target, m: int, r: int, dtype: torch.dtype) -> Tile:
     """As `tile_expand`, with fewer rows: four tensors pass through registers here."""
     tile = tile_expand(target, m, r, dtype)
+    if target.kind == "interpreter":
+        return tile
     # As many columns as threads: the compiler then divides once for each column, not once for each thread's copy.
-    return tile if target.kind == "interpreter" else tile._replace(BLOCK_M=min(tile.BLOCK_M, 32), num_warps=4)
+    return tile._replace(BLOCK_M=min(tile.BLOCK_M, 32 if rank_block(r) <= 64 else 16), num_warps=4)
 
 
 def _grid(tile: Tile, m: int, n: int) -> tuple[int]:

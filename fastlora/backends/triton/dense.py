@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.backends.triton import weight as weights
 from fastlora.backends.triton.dense_tiles import tile_linear
-from fastlora.backends.triton.launch import PRECISE_RANK, Target, cdiv, launch, next_power_of_2, target
+from fastlora.backends.triton.launch import PRECISE_RANK, Target, cdiv, entry, launch, next_power_of_2, target
 from fastlora.backends.triton.primitives import cast, dot, expand_bits, offsets
 
 GROUP = 8  # row blocks walked together
@@ -140,7 +140,7 @@ def column_factor(mag_ptr, norm_ptr, cols, n):
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def linear_kernel(
     x,
     w,
@@ -288,7 +288,7 @@ def linear(
         return y, z
     wide = weights.wide(x, w, y, h, b) if wide is None else wide
     tma = not wide and by_descriptor(at, x, w, y)
-    tile = tile_linear(at, m, n, dtype, tma, heavy=need_z)
+    tile = tile_linear(at, m, n, dtype, tma, two=need_z)
     programs = _programs(at, cdiv(m, tile.BLOCK_M) * cdiv(n, tile.BLOCK_N), tma)
     r = 0 if h is None else h.shape[1]
     launch(
@@ -333,7 +333,7 @@ def linear(
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def linear_dx_kernel(
     dy,
     w,
@@ -462,7 +462,7 @@ def linear_dx(
         return dx
     wide = weights.wide(dy, w, dx, g, a) if wide is None else wide
     tma = not wide and by_descriptor(at, dy, w, dx)
-    tile = tile_linear(at, m, k, dtype, tma, heavy=bits is not None)
+    tile = tile_linear(at, m, k, dtype, tma, masked=bits is not None)
     programs = _programs(at, cdiv(m, tile.BLOCK_M) * cdiv(k, tile.BLOCK_N), tma)
     r = 0 if g is None else g.shape[1]
     launch(

@@ -34,6 +34,11 @@ _SINGLE = {
 # Rows that no asynchronous copy can read: registers hold the tiles in flight, fewer beside much else.
 _UNALIGNED, _UNALIGNED_HEAVY = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
 _INTERPRETED = Tile(16, 32, 32, 1, 1)
+# Two outputs, each with its bias, factor and low-rank term, leave room for fewer stages or smaller tiles.
+_TWO_OUTPUTS = {
+    "sm_90": ((Tile(128, 256, 64, 8, 2), 1.0), (Tile(64, 128, 64, 4, 4), 0.75), (Tile(64, 64, 64, 4, 4), 0.55)),
+    "sm_100": ((Tile(64, 128, 64, 4, 4), 1.0), (Tile(64, 64, 64, 4, 3), 0.65)),
+}
 
 
 def family(at: Target) -> str:
@@ -46,15 +51,17 @@ def family(at: Target) -> str:
     return "sm_80"
 
 
-def tile_linear(at: Target, m: int, columns: int, dtype: torch.dtype, tma: bool, heavy: bool = False) -> Tile:
+def tile_linear(
+    at: Target, m: int, columns: int, dtype: torch.dtype, tma: bool, *, masked: bool = False, two: bool = False
+) -> Tile:
     """The tile of an [m, columns] output that wastes least in its last wave.
 
-    Independent of the rank, so that a layer with B = 0 sums exactly as the frozen one does. A heavy epilogue (a mask,
-    a second output) does not fit the registers beside the largest tile, but for sm_90.
+    Independent of the rank, so that a layer with B = 0 sums exactly as the frozen one does. A heavy epilogue (`masked`,
+    or `two` outputs) does not fit the registers beside the largest tile, but for sm_90.
     """
     if at.kind == "interpreter":
         return _INTERPRETED
-    table = _SINGLE if dtype == torch.float32 else _HALF
+    table, heavy = _SINGLE if dtype == torch.float32 else _HALF, masked or two
     if at.kind == "cuda" and at.arch >= 90 and not tma:
         return _UNALIGNED_HEAVY if heavy or dtype == torch.float32 else _UNALIGNED
 
@@ -63,5 +70,7 @@ def tile_linear(at: Target, m: int, columns: int, dtype: torch.dtype, tma: bool,
         waves = cdiv(cdiv(m, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_N), at.sms)
         return waves * tile.BLOCK_M * tile.BLOCK_N / speed
 
-    candidates = table[family(at)]
-    return min(candidates[1:] if heavy and at.arch != 90 else candidates, key=seconds)[0]
+    candidates = table[family(at)][1:] if heavy and at.arch != 90 else table[family(at)]
+    if two and dtype != torch.float32:
+        candidates = _TWO_OUTPUTS.get(family(at), candidates)
+    return min(candidates, key=seconds)[0]

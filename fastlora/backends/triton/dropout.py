@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import draw_bits, offsets
 from fastlora.backends.triton.weight import INT32_END
 from fastlora.math import philox
 
 
-@triton.jit
+@entry
 def _mask_kernel(
     seed_ptr,
     out_ptr,

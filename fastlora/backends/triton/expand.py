@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import cast, dot, offsets
 from fastlora.backends.triton.shrink import keep, load_bits, precision, rank_block, ratio, round_tf32
 from fastlora.backends.triton.weight import wide as is_wide
@@ -54,7 +54,7 @@ def low_rank_tile(
     return acc
 
 
-@triton.jit
+@entry
 def _expand_kernel(
     h_ptr,
     b_ptr,
@@ -105,12 +105,14 @@ def tile_expand(target: Target, m: int, r: int, dtype: torch.dtype) -> Tile:
     rank = rank_block(r)
     old = target.kind == "cuda" and target.arch < 90  # products keep their operands in registers
     block_k = min(rank, 32 if dtype != torch.bfloat16 or target.kind == "hip" or old else 64)
+    if old and dtype == torch.float32:  # three tf32 terms of each operand
+        block_k = 16
     if m <= 32:
         return Tile(BLOCK_M=16 if m <= 16 else 32, BLOCK_N=128, BLOCK_K=block_k, num_warps=4, num_stages=2)
     if rank <= 32:
         return Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=block_k, num_warps=4, num_stages=2)
-    if old and dtype == torch.float32:  # three tf32 terms of each operand
-        return Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=16, num_warps=8, num_stages=2)
+    if old and dtype == torch.float32:
+        return Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=block_k, num_warps=8, num_stages=2)
     return Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=block_k, num_warps=8, num_stages=2)
 
 

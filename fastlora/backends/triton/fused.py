@@ -11,14 +11,13 @@ dropout bits. Decoding and the product with w are those of `skinny`.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora.backends.triton import shrink as shrinking
 from fastlora.backends.triton import weight as weights
 from fastlora.backends.triton.dense import DTYPES, column_factor, load_block, precision, two_terms
-from fastlora.backends.triton.launch import PRECISE_RANK, Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import PRECISE_RANK, Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import cast, decode_tile, dot, draw_bits, offsets
 from fastlora.backends.triton.shrink import Dropout, fold, keep, load_bits, load_factor, product, terms
 from fastlora.backends.triton.skinny import block_product, load_words, segment, step_scales, words_for
@@ -40,7 +39,7 @@ def tile_fused(at: Target, m: int, n: int, rank: int, dtype: torch.dtype, aligne
     return Tile(rows, 128 if wide else 64, 32 if rank > 128 else 64, 8 if large else 4, stages)
 
 
-@triton.jit
+@entry
 def fused_kernel(
     x_ptr,
     packed_ptr,

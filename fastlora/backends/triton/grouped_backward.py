@@ -7,7 +7,6 @@ order. The gradients of all adapters stand one behind the other in one fp32 buff
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from fastlora.backends.triton.grouped_members import (
     number,
     rank_of,
 )
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import cast, offsets
 from fastlora.backends.triton.project import _CHAIN, tile_walk
 from fastlora.backends.triton.shrink import (
@@ -56,7 +55,7 @@ from fastlora.math.segments import Segments
 # --- the input's gradient ---------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def _grouped_input_kernel(
     g_ptr,
     a_ptr,
@@ -169,7 +168,7 @@ def grouped_input(
 # --- the adapters' gradients ------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def _grouped_walk_kernel(
     t_ptr,
     u_ptr,

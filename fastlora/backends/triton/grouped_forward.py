@@ -34,7 +34,7 @@ from fastlora.backends.triton.grouped_members import (
     number,
     rank_of,
 )
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, next_power_of_2, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, next_power_of_2, target
 from fastlora.backends.triton.primitives import cast, dot, draw_bits, offsets
 from fastlora.backends.triton.shrink import (
     finish,
@@ -72,7 +72,7 @@ def tiles(m: int, groups: int, block_m: int, *, rest: bool) -> int:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def _grouped_mask_kernel(
     seed_ptr,
     out_ptr,
@@ -123,7 +123,7 @@ def grouped_mask(seed: Tensor, group: Members, segments: Segments, cols: int, *,
 # --- rows: h and g ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def _grouped_rows_kernel(
     t_ptr,
     v_ptr,
@@ -304,7 +304,7 @@ def low_rank_rows(
     return acc
 
 
-@triton.jit
+@entry
 def _grouped_expand_kernel(
     h_ptr,
     b_ptr,

@@ -23,6 +23,19 @@ from fastlora.errors import UnsupportedError
 PRECISE_RANK = 32
 
 
+# Arguments that change from batch to batch, from layer to layer or with the dropout rate: one binary serves all their
+# values. Of the others Triton makes use when they are 1 or multiples of 16.
+_PER_CALL = (
+    *("m", "groups", "planes", "programs", "splits", "total", "norms", "stream", "threshold", "row_offset"),
+    *(f"number{i}" for i in range(4)),
+)
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """Decorate a kernel that is launched (`triton.jit` alone is for what kernels call)."""
+    return triton.jit(function, do_not_specialize=_PER_CALL)
+
+
 class Tile(NamedTuple):
     """A pinned configuration: block sizes, warps and software-pipelining depth. A block a kernel lacks is 0."""
 
@@ -121,6 +134,22 @@ def target(device: torch.device) -> Target:
     return _device_target(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def compiler_options(arch: int, num_warps: int, num_stages: int, fp_fusion: bool) -> dict[str, Any]:
+    """What the compiler is told of a launch; arch: an NVIDIA GPU's compute capability x 10, else 0.
+
+    The assembler, left to itself, moves a few values to memory where one more program then fits a multiprocessor; told
+    that every register is free, it does not. Blackwell's, told so, moves more.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    return options | ({"maxnreg": min(255, 65536 // (32 * num_warps))} if 0 < arch < 100 else {})
+
+
+@functools.cache
+def _arch(index: int) -> int:
+    found = _device_target(index)
+    return found.arch if found.kind == "cuda" else 0
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -148,7 +177,8 @@ def launch(
             return
     run: Callable[..., Any] = kernel[grid]
     try:
-        run(*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion, **constexprs)
+        arch = 0 if interpreting() else _arch(torch.cuda.current_device())
+        run(*args, **compiler_options(arch, num_warps, num_stages, fp_fusion), **constexprs)
     except OutOfResources as error:
         raise UnsupportedError(f"{kernel.__name__} does not fit this device: {error}") from error
 

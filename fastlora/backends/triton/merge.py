@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, next_power_of_2, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, next_power_of_2, target
 from fastlora.backends.triton.primitives import SLAB, cast, decode_slabs, dot_terms, offsets, slab_offsets
 from fastlora.backends.triton.weight import weight_args
 from fastlora.backends.triton.weight import wide as is_wide
@@ -99,7 +99,7 @@ def low_rank_slabs(
     return acc.reshape(BLOCK_K // SLAB, BLOCK_N, SLAB)
 
 
-@triton.jit
+@entry
 def _merge_kernel(
     packed_ptr,
     absmax_ptr,

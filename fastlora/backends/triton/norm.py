@@ -9,11 +9,10 @@ operations and loses everything where the adapter cancels the weight.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.merge import load_b, low_rank_slabs, rank_blocks, terms, warps_k
 from fastlora.backends.triton.primitives import SLAB, decode_slabs, slab_offsets
 from fastlora.backends.triton.weight import weight_args
@@ -21,7 +20,7 @@ from fastlora.backends.triton.weight import wide as is_wide
 from fastlora.math.nf4 import PackedWeight
 
 
-@triton.jit
+@entry
 def _norm_kernel(
     w_ptr,
     absmax_ptr,

@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import cast, offsets
 from fastlora.backends.triton.shrink import (
     Planes,
@@ -46,7 +45,7 @@ class Projected(NamedTuple):
     d: Tensor | None
 
 
-@triton.jit
+@entry
 def _walk_kernel(
     t_ptr,
     v_ptr,
@@ -163,8 +162,9 @@ def tile_walk(target: Target, r: int, dtype: torch.dtype, *, left: bool, element
     block_m = 64 if rank <= 64 and size == 2 and elementwise < (1 if old else 2) else 32
     if target.kind == "hip":
         block_m = 32
-    if rank == 256 and (target.kind == "hip" or old):
-        block_n = 64  # the slab is in registers there
+        block_n = 64 if rank == 256 else block_n  # the slab is in registers there
+    elif old or size == 4:
+        block_m, block_n = _tile_walk_crowded(rank, size, block_m, block_n, left, elementwise)
     if rank == 256 and size == 4 and target.kind == "cuda":  # and three tf32 terms of each operand; or tensor memory
         block_m, block_n = (32, 32) if target.arch >= 100 else (16, 64)
     tensors = 2 if elementwise else 1
@@ -175,6 +175,22 @@ def tile_walk(target: Target, r: int, dtype: torch.dtype, *, left: bool, element
         4 if target.kind == "cuda" and target.arch >= 100 and rank <= 64 and block_n == 128 and not elementwise else 8
     )
     return Tile(block_m, block_n, 0, num_warps=warps, num_stages=stages(target, per_stage, fixed, most=3))
+
+
+def _tile_walk_crowded(
+    rank: int, size: int, block_m: int, block_n: int, left: bool, elementwise: int
+) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N) where the slab, its operands and all sums are in registers at once: before Hopper, and fp32,
+    whose every operand is three tf32 terms."""
+    if rank == 16 and left:
+        return 32, 64 if size == 4 and elementwise else block_n
+    if rank == 64 and size == 4 and elementwise:
+        return 16, 128
+    if rank == 128 and size == 4:
+        return 16, 64
+    if rank == 256 or (rank == 128 and elementwise):
+        return block_m, 64
+    return block_m, block_n
 
 
 def planes_walk(target: Target, m: int, n: int, tile: Tile) -> int:
@@ -197,7 +213,8 @@ class Walk(NamedTuple):
 
 def one_pass(target: Target, m: int, n: int, r: int, dtype: torch.dtype, *, elementwise: int = 0) -> bool:
     """Whether the partial sums of a walk with both products cost less than a second read of t."""
-    if target.kind == "hip":  # the factor of the left product does not fit beside the slab in registers
+    crowded = target.arch < 90 or dtype.itemsize == 4  # the left product does not fit beside the slab in registers
+    if target.kind == "hip" or (target.kind == "cuda" and crowded and rank_block(r) > 16):
         return False
     tile = tile_walk(target, r, dtype, left=True, elementwise=elementwise)
     planes = cdiv(n, tile.BLOCK_N) * m + planes_walk(target, m, n, tile) * n

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import block_scales, cast, lookup, nibbles, spread
 from fastlora.backends.triton.weight import weight_args
 from fastlora.math import nf4
@@ -34,7 +34,7 @@ _FP4_ORDER = tl.constexpr(sum(code << 4 * i for i, code in enumerate(nf4.FP4_ORD
 # --- dequantize -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def _dequantize_kernel(
     packed_ptr,
     absmax_ptr,
@@ -141,7 +141,7 @@ def _count_below(x, POINTS: tl.constexpr, COUNT: tl.constexpr):
     return count
 
 
-@triton.jit
+@entry
 def _quantize_kernel(
     w_ptr,
     packed_ptr,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, next_power_of_2, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, next_power_of_2, target
 from fastlora.backends.triton.primitives import cast, dot, draw_bits, offsets
 from fastlora.backends.triton.weight import wide as is_wide
 
@@ -147,7 +147,7 @@ def _sum_planes(pid, planes_ptr, out_ptr, count, planes, factor, BLOCK: tl.const
     tl.store(out_ptr + where, acc * factor, mask=where < count)
 
 
-@triton.jit
+@entry
 def _finish_kernel(
     planes0,
     out0,
@@ -257,7 +257,7 @@ def combine(planes: Tensor, factor: float = 1.0) -> Tensor:
 # --- rows: one pass over t, a row block a program ---------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def _rows_kernel(
     t_ptr,
     v_ptr,
@@ -356,7 +356,7 @@ def tile_rows(target: Target, m: int, r: int, dtype: torch.dtype) -> Tile:
     block_m = max(block_m, 32 if target.kind == "hip" else 16)
     block_k = {16: 128, 32: 128, 64: 64, 128: 64, 256: 32}[rank]
     if size == 4 or target.kind == "hip":
-        block_k = max(32, block_k // 2)
+        block_k = max(32, block_k // (4 if rank == 32 and target.kind == "cuda" and target.arch >= 100 else 2))
     if rank == 256 or (
         target.kind == "cuda" and ((target.arch < 90 and rank > 64) or (target.arch >= 100 and rank > 32))
     ):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastlora.backends.triton import weight as weights
 from fastlora.backends.triton.dense import DTYPES, column_factor, load_block, low_rank, precision, ranks, two_terms
-from fastlora.backends.triton.launch import Target, Tile, cdiv, launch, target
+from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import block_scales, cast, decode_tile, dot, lookup, offsets
 from fastlora.math.nf4 import PackedWeight
 
@@ -217,7 +217,7 @@ def block_product(
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@entry
 def skinny_kernel(
     x_ptr,
     packed_ptr,
@@ -317,7 +317,7 @@ def skinny_kernel(
     tl.store(out, acc.trans(), mask=(tokens < m)[:, None] & (rows < n)[None, :])
 
 
-@triton.jit
+@entry
 def finish_kernel(
     planes_ptr,
     y_ptr,
