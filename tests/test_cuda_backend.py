@@ -94,6 +94,22 @@ def test_quantize_ties() -> None:
         assert all(map(same, actual, nf4.quantize_blocks(near * scale, quant_type, 64))), (scale, quant_type)
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 255, 256, 257, 1000])
+def test_nested_scales_are_bit_identical(blocks: int) -> None:
+    torch.manual_seed(blocks)
+    absmax = torch.rand(blocks)
+    if blocks == 1000:
+        absmax[:256] = absmax[:256].mean()
+    expected = nf4.quantize_absmax(absmax)
+    with watched() as watch:
+        actual = cuda.quantize_absmax(ANY, fenced(absmax, True))
+    assert not blocks or watch.check() is None
+    assert all(map(same, actual, expected))
+    broken = torch.tensor([1.0, float("nan"), 2.0])
+    with emulated():
+        assert all(map(same, cuda.quantize_absmax(ANY, broken), nf4.quantize_absmax(broken)))
+
+
 def packed(w: Tensor, kind: str, blocksize: int) -> PackedWeight:
     """A weight in one of the formats: nf4, nested, fp4, or with a table of its own."""
     weight = nf4.pack(w, "fp4" if kind == "fp4" else "nf4", blocksize, kind == "nested")
@@ -177,6 +193,7 @@ def forward(case: Case, inputs: Inputs, truth: Truth, flags: int) -> tuple[Tenso
 SHAPES = [
     *((1, 1, 1, 1), (1, 70, 128, 3), (2, 5, 33, 2), (3, 16, 96, 8), (7, 65, 256, 17), (8, 64, 64, 4), (9, 33, 320, 24)),
     *((16, 48, 512, 16), (17, 97, 576, 5), (33, 31, 320, 33), (40, 20, 300, 6), (64, 130, 640, 1), (5, 9, 1100, 0)),
+    *((2, 20, 2368, 2), (12, 20, 1216, 2)),  # more columns than lie in shared memory at once, in one slice
 ]
 OPTIONS = [
     {},
@@ -220,6 +237,29 @@ def test_forward(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         with emulated(splits=3):
             again = forward(case, inputs, truth, 0)
         assert same(results[1], again[0]) and again[1:] == (None, None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operands_on_any_border(dtype: torch.dtype) -> None:
+    """x, a, b and the packed bytes start where no vector may: the same problem, other addresses."""
+    case = Case(9, 40, 128, 8, dtype=dtype, adapter_dtype=dtype, quant="nf4", nested=True)
+    inputs = make_inputs(case)
+    truth = oracle(case, inputs)
+
+    def shift(t: Tensor) -> Tensor:
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    assert isinstance(inputs.weight, PackedWeight)
+    moved = inputs._replace(**{name: shift(getattr(inputs, name)) for name in ("x", "a", "b", "dy")})
+    moved = moved._replace(weight=inputs.weight._replace(packed=shift(inputs.weight.packed)))
+    adapter = (moved.a, moved.b, case.scale, None, None)
+    with emulated(splits=1):
+        y = forward(case, moved, truth, 0)[0]
+        problem = problem_of("lora_bwd", case, moved, NEED_DX)
+        dx = cuda.lora_bwd(problem, moved.dy, None, moved.weight, *adapter, *[None] * 4, 0, 0.0)[0]  # type: ignore[arg-type]
+        merged = cuda.merged_weight(problem, moved.weight, *adapter[:3])  # type: ignore[arg-type]
+        assert same(merged, cuda.merged_weight(problem, inputs.weight, inputs.a, inputs.b, case.scale))
+    assert not judge(case, inputs, eager(case, inputs)._replace(y=y, dx=dx), truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -305,14 +345,32 @@ def test_merge(shape: tuple[int, int, int]) -> None:
         assert not judge(case, inputs, eager(case, inputs)._replace(y=y), truth), case
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 130, 3), (40, 264, 16), (65, 100, 33), (32, 1200, 0)], ids=str)
+def test_norm(shape: tuple[int, int, int]) -> None:
+    n, k, r = shape
+    for number, options in enumerate(OPTIONS[:3]):
+        case = dataclasses.replace(Case(4, n, k, r, quant="nf4", seed=number), **options)
+        inputs = make_inputs(dataclasses.replace(case, dora=False))
+        exact = (inputs.w + case.scale * inputs.b.double() @ inputs.a.double()).norm(dim=1)
+        # of every summand before it is squared: r + 3 roundings of magnitudes that may cancel
+        terms = (inputs.w.abs() + case.scale * inputs.b.double().abs() @ inputs.a.double().abs()).norm(dim=1)
+        problem = problem_of("dora_norm", case, inputs, 0)
+        for at_end in (False, True):
+            held = fence(inputs, at_end)
+            with watched(at_end, descending=at_end) as watch:
+                norm = cuda.dora_norm(problem, held.weight, held.a, held.b, case.scale)
+            watch.check()
+            assert bool(((norm - exact).abs() <= 2.0**-24 * ((r + 4) * terms + 8 * exact)).all()), case
+
+
 # --- the emulator notices ---------------------------------------------------------------------------------------------
 
-_STAGED = "stage_x(args, start, end, 8 * TILES, shared.x);"
+_STAGED = "stage_x<TILES>(args, span, slice.end, shared);"
 _REDUCED = "        }\n        barrier();\n    }\n    for"
 _PLANES = "token < args.m && col < args.k)\n            store"
 MUTANTS = {
     "a barrier is missing": ("skinny.h", f"{_STAGED}\n        barrier();", _STAGED),
-    "a row beyond n is read": ("skinny.h", "min64(row0 + 8, args.n - 1)", "row0 + 8"),
+    "a row beyond n is read": ("skinny.h", "min64(row0 + 8, last)", "(row0 + 8)"),
     "a token beyond m is stored": ("skinny.h", "row < args.n && token < args.m", "row < args.n"),
     "h is written by every block": ("finish.h", "if (args.h && !blockIdx.x)", "if (args.h)"),
     "a scale is another step's": ("skinny.h", "4 * g + step", "4 * g"),

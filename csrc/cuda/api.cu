@@ -51,6 +51,13 @@ FL_API int64_t fl_cuda_quantize(const Args* args) {
     return launch(quantize_kernel, dim3((unsigned)ceil_div(blocks, warps)), QUANTIZE_THREADS, args->stream, *args);
 }
 
+// args: x fp32 [k] scales, weight.nested_offset -> out_bytes [k], out_scales [ceil(k / 256)].
+FL_API int64_t fl_cuda_quantize_absmax(const Args* args) {
+    if (const int64_t status = use_device(*args)) return status;
+    const int64_t groups = ceil_div(args->k, NESTED_BLOCKSIZE);
+    return launch(quantize_absmax_kernel, dim3((unsigned)groups), NESTED_BLOCKSIZE, args->stream, *args);
+}
+
 // args: weight of k elements, dtype -> y.
 FL_API int64_t fl_cuda_dequantize(const Args* args) {
     if (const int64_t status = use_device(*args)) return status;
@@ -63,6 +70,12 @@ FL_API int64_t fl_cuda_merge(const Args* args) {
     if (const int64_t status = use_device(*args)) return status;
     const dim3 grid((unsigned)ceil_div(args->k, MERGE_COLS), (unsigned)ceil_div(args->n, MERGE_ROWS));
     return launch(merge_kernel, grid, MERGE_THREADS, args->stream, *args);
+}
+
+// args: weight [n,k], a, b, scale -> out_scales [n].
+FL_API int64_t fl_cuda_norm(const Args* args) {
+    if (const int64_t status = use_device(*args)) return status;
+    return launch(norm_kernel, dim3((unsigned)ceil_div(args->n, MERGE_ROWS)), MERGE_THREADS, args->stream, *args);
 }
 
 // args: m, k, seed, stream_number, threshold -> out_bytes [m, ceil(k/8)].

@@ -1,5 +1,5 @@
-// What Python passes: one record of 8-byte fields, the same for every op. fastlora/backends/_cuda_library.py packs it in
-// this order; change both together and raise FL_CUDA_ABI_VERSION.
+// What Python passes: one record of 8-byte fields, the same for every op. fastlora/backends/_cuda_library.py packs it
+// in this order; change both together and raise FL_CUDA_ABI_VERSION.
 // Letters: x[m,k] w[n,k] a[r,k] b[n,r] y[m,n]. All tensors are contiguous, on one device; 0 stands for "absent".
 #ifndef FASTLORA_CUDA_ARGS_H
 #define FASTLORA_CUDA_ARGS_H

@@ -26,7 +26,8 @@ FL_DEVICE void stage_ranks(const Args& args, const Finish& finish, FinishShared&
     const int64_t token = token0 + warp, rank = first + lane;
     float h = 0.0f;
     if (token < args.m && rank < args.r) {
-        for (int64_t p = 0; p < args.splits; ++p) h += load<float>(args.adapter_planes + (p * args.m + token) * args.r + rank);
+        const float* plane = args.adapter_planes + token * args.r + rank;
+        for (int64_t p = 0; p < args.splits; ++p) h += load<float>(plane + p * args.m * args.r);
         h *= finish.keep_scale;
         if (args.h && !blockIdx.x) store(args.h + token * args.r + rank, h);
     }
@@ -34,8 +35,9 @@ FL_DEVICE void stage_ranks(const Args& args, const Finish& finish, FinishShared&
     FL_UNROLL
     for (int i = 0; i < FINISH_COLS; i += FINISH_TOKENS) {
         const int c = finish.transposed ? lane : warp + i, l = finish.transposed ? warp + i : lane;
-        const int64_t col = col0 + c, at = finish.transposed ? (first + l) * finish.cols + col : col * args.r + first + l;
-        const bool inside = col < finish.cols && first + l < args.r;
+        const int64_t col = col0 + c, rank_of = first + l;
+        const int64_t at = finish.transposed ? rank_of * finish.cols + col : col * args.r + rank_of;
+        const bool inside = col < finish.cols && rank_of < args.r;
         shared.factor[c][l] = inside ? read(finish.factor, args.adapter_dtype, at) : 0.0f;
     }
 }
@@ -56,9 +58,9 @@ FL_KERNEL(FINISH_THREADS, 4) finish_kernel(FL_ARGS Args args, FL_ARGS Finish fin
         for (int l = 0; l < FINISH_RANK; ++l) low_rank = fmaf(shared.h[warp][l], shared.factor[lane][l], low_rank);
     }
     if (!inside) return;
-    for (int64_t p = 0; p < args.splits; ++p) sum += load<float>(args.planes + (p * args.m + token) * finish.cols + col);
-    sum = fmaf(low_rank, (float)args.scale, sum);
     const int64_t at = token * finish.cols + col;
+    for (int64_t p = 0; p < args.splits; ++p) sum += load<float>(args.planes + p * args.m * finish.cols + at);
+    sum = fmaf(low_rank, (float)args.scale, sum);
     if (args.z) write(args.z, args.dtype, at, sum);
     if (args.mag) sum *= read(args.mag, args.mag_dtype, col) / load<float>(args.norm + col);
     if (args.bias) sum += read(args.bias, args.bias_dtype, col);

@@ -6,7 +6,7 @@
 
 enum { FORMAT_THREADS = 256, FORMAT_STEPS = 4 };
 
-// out[i] = round(code[i] * absmax[i / blocksize]): eight elements a thread and step, neighbouring threads' side by side.
+// out[i] = round(code[i] * absmax[i / blocksize]): eight elements a thread and step, those of neighbours side by side.
 FL_KERNEL(FORMAT_THREADS, 4) dequantize_kernel(FL_ARGS Args args) {
     FL_SHARED(Tables, tables);
     fill_tables(args.weight, tables, FORMAT_THREADS);
@@ -28,7 +28,7 @@ FL_KERNEL(FORMAT_THREADS, 4) dequantize_kernel(FL_ARGS Args args) {
 
 // --- merge -----------------------------------------------------------------------------------------------------------
 
-enum { MERGE_THREADS = 128, MERGE_ROWS = 32, MERGE_COLS = 128, MERGE_RANK = 16, MERGE_OWN = 4 };
+enum { MERGE_THREADS = 128, MERGE_ROWS = 32, MERGE_COLS = 128, MERGE_RANK = 16, MERGE_OWN = 4, MERGE_GROUPS = 16 };
 
 struct MergeShared {
     float a[MERGE_RANK][MERGE_COLS];
@@ -48,16 +48,11 @@ FL_DEVICE void stage_factors(const Args& args, MergeShared& shared, int64_t row0
     }
 }
 
-// out[i,j] = round(c[i] (w[i,j] + scale sum_l b[i,l] a[l,j])), c = mag / norm or 1: a tile of 32 x 128, of which a
-// thread owns four rows, eight apart, of eight columns. Sums in fp32, l ascending.
-FL_KERNEL(MERGE_THREADS, 4) merge_kernel(FL_ARGS Args args) {
-    FL_SHARED(Tables, tables);
-    FL_SHARED(MergeShared, shared);
-    const Weight& w = args.weight;
-    fill_tables(w, tables, MERGE_THREADS);
-    const int64_t row0 = (int64_t)blockIdx.y * MERGE_ROWS, col0 = (int64_t)blockIdx.x * MERGE_COLS;
-    const int group = (int)threadIdx.x % 16, top = (int)threadIdx.x / 16;
-    float sum[MERGE_OWN][8] = {};
+// sum_l b[i,l] a[l,j] of a tile of 32 x 128, in fp32, l ascending: a thread owns four rows, eight apart, of eight
+// columns.
+FL_DEVICE void low_rank_tile(const Args& args, MergeShared& shared, int64_t row0, int64_t col0,
+                             float sum[MERGE_OWN][8]) {
+    const int group = (int)threadIdx.x % MERGE_GROUPS, top = (int)threadIdx.x / MERGE_GROUPS;
     for (int64_t first = 0; first < args.r; first += MERGE_RANK) {
         barrier();  // the last step's readers are done
         stage_factors(args, shared, row0, col0, first);
@@ -71,6 +66,18 @@ FL_KERNEL(MERGE_THREADS, 4) merge_kernel(FL_ARGS Args args) {
                 for (int j = 0; j < 8; ++j) sum[i][j] = fmaf(b, shared.a[l][8 * group + j], sum[i][j]);
             }
     }
+}
+
+// out[i,j] = round(c[i] (w[i,j] + scale sum_l b[i,l] a[l,j])), c = mag / norm or 1.
+FL_KERNEL(MERGE_THREADS, 4) merge_kernel(FL_ARGS Args args) {
+    FL_SHARED(Tables, tables);
+    FL_SHARED(MergeShared, shared);
+    const Weight& w = args.weight;
+    fill_tables(w, tables, MERGE_THREADS);
+    const int64_t row0 = (int64_t)blockIdx.y * MERGE_ROWS, col0 = (int64_t)blockIdx.x * MERGE_COLS;
+    const int group = (int)threadIdx.x % MERGE_GROUPS, top = (int)threadIdx.x / MERGE_GROUPS;
+    float sum[MERGE_OWN][8] = {};
+    low_rank_tile(args, shared, row0, col0, sum);
     barrier();  // tables, where there is no adapter
     const int64_t col = col0 + 8 * group, count = args.k - col;
     if (count <= 0) return;
@@ -86,6 +93,45 @@ FL_KERNEL(MERGE_THREADS, 4) merge_kernel(FL_ARGS Args args) {
         FL_UNROLL
         for (int j = 0; j < 8; ++j) v[j] = c * fmaf(sum[i][j], (float)args.scale, v[j]);
         write8(args.y, args.dtype, flat, wide, count, v);
+    }
+}
+
+// out[i] = || w[i] + scale sum_l b[i,l] a[l] ||: 32 rows a block, tile after tile.
+FL_KERNEL(MERGE_THREADS, 4) norm_kernel(FL_ARGS Args args) {
+    FL_SHARED(Tables, tables);
+    FL_SHARED(MergeShared, shared);
+    const Weight& w = args.weight;
+    fill_tables(w, tables, MERGE_THREADS);
+    barrier();
+    const int64_t row0 = (int64_t)blockIdx.x * MERGE_ROWS;
+    const int group = (int)threadIdx.x % MERGE_GROUPS, top = (int)threadIdx.x / MERGE_GROUPS;
+    const int shift = shift_of(w.blocksize);
+    const bool wide = args.k % 8 == 0 && is_aligned(w.packed, 4);
+    float squares[MERGE_OWN] = {};
+    for (int64_t col0 = 0; col0 < args.k; col0 += MERGE_COLS) {
+        float sum[MERGE_OWN][8] = {};
+        low_rank_tile(args, shared, row0, col0, sum);
+        const int64_t col = col0 + 8 * group, count = args.k - col;
+        FL_UNROLL
+        for (int i = 0; i < MERGE_OWN; ++i) {
+            const int64_t row = row0 + top + 8 * i;
+            if (row >= args.n || count <= 0) continue;
+            float v[8], tile = 0.0f;
+            decode8(w, tables, shift, row * args.k + col, wide, count, v);
+            FL_UNROLL
+            for (int j = 0; j < 8; ++j) {  // beyond k both are 0
+                const float value = fmaf(sum[i][j], (float)args.scale, v[j]);
+                tile = fmaf(value, value, tile);
+            }
+            squares[i] += tile;
+        }
+    }
+    FL_UNROLL
+    for (int i = 0; i < MERGE_OWN; ++i) {
+        FL_UNROLL
+        for (int mask = MERGE_GROUPS / 2; mask; mask >>= 1) squares[i] += shuffle_xor(squares[i], mask);
+        const int64_t row = row0 + top + 8 * i;
+        if (!group && row < args.n) store(args.out_scales + row, sqrtf(squares[i]));
     }
 }
 
@@ -135,6 +181,39 @@ FL_KERNEL(QUANTIZE_THREADS, 4) quantize_kernel(FL_ARGS Args args) {
         const uint32_t low = i + 1 < end ? search(read(args.x, args.dtype, i + 1) * inverse, fp4) : fp4 ? 0u : 7u;
         store(args.out_bytes + i / 2, (uint8_t)(high << 4 | low));
     }
+}
+
+enum { NESTED_WARPS = NESTED_BLOCKSIZE / LANES_OF_WARP };
+
+struct NestedShared {
+    float points[255];
+    uint32_t most[NESTED_WARPS];
+};
+
+// A block a group of 256 scales x: absmax2 = max|x - offset|; codes of (x - offset) / max(absmax2, 1e-38), how many
+// decision points of the dynamic map are below it.
+FL_KERNEL(NESTED_BLOCKSIZE, 4) quantize_absmax_kernel(FL_ARGS Args args) {
+    FL_SHARED(NestedShared, shared);
+    const int me = (int)threadIdx.x;
+    const int64_t at = (int64_t)blockIdx.x * NESTED_BLOCKSIZE + me;
+    const float centred = at < args.k ? read(args.x, F32, at) - load<float>(args.weight.nested_offset) : 0.0f;
+    if (me < 255) shared.points[me] = fl_dynamic_mid[me];
+    uint32_t most = bits_of(centred) & 0x7fffffffu;  // as integers magnitudes are ordered, and NaN is above infinity
+    FL_UNROLL
+    for (int mask = 16; mask; mask >>= 1) {
+        const uint32_t other = shuffle_xor(most, mask);
+        most = most < other ? other : most;
+    }
+    if (me % LANES_OF_WARP == 0) shared.most[me / LANES_OF_WARP] = most;
+    barrier();
+    FL_UNROLL
+    for (int i = 0; i < NESTED_WARPS; ++i) most = most < shared.most[i] ? shared.most[i] : most;
+    const float absmax = float_of(most > 0x7f800000u ? 0x7fc00000u : most), v = centred * inverse_of(absmax);
+    if (!me) store(args.out_scales + blockIdx.x, absmax);
+    int below = 0;
+    FL_UNROLL
+    for (int step = 128; step; step >>= 1) below += !(v <= shared.points[below + step - 1]) ? step : 0;
+    if (at < args.k) store(args.out_bytes + at, (uint8_t)below);
 }
 
 // Keep bits of x [m,k]: a thread a byte, bits beyond k are 0.

@@ -1,6 +1,6 @@
 // A few tokens: bound by reading the packed weight. Two launches an adapted layer:
 //
-//   planes[p] = x[:, p] w[:, p]ᵀ   and, by further blocks of the same launch,   adapter_planes[p] = drop(x)[:, p] a[:, p]ᵀ
+//   planes[p] = x[:, p] w[:, p]ᵀ   and, by further blocks of it,   adapter_planes[p] = drop(x)[:, p] a[:, p]ᵀ
 //   y = c ∘ (Σ_p planes[p] + s h bᵀ) + bias,   h = keep_scale Σ_p adapter_planes[p]                     (finish.h)
 //
 // where p is a slice of k. With x of 16 bits the product runs on tensor cores: the sixteen values of a code, rounded to
@@ -15,11 +15,10 @@ enum {
     SKINNY_THREADS = 128,
     SKINNY_WARPS = 4,
     MMA_ROWS = 16 * SKINNY_WARPS,  // of w a block
-    CHUNK = 256,                   // columns of x that lie in shared memory
+    CHUNK = 256,                   // columns whose packed words a warp loads at once, before it needs them
     STEP = 64,                     // columns a warp multiplies with one load of a lane
     STEPS = CHUNK / STEP,
-    STRIDE = CHUNK / 8 + 1,  // of a token in shared memory, in 16 bytes: odd, so that eight lanes meet eight banks
-    TOKENS = 8,              // of a block without tensor cores
+    TOKENS = 8,  // of a block without tensor cores
     ADAPTER_TOKENS = 4,
     RANKS_OF_WARP = 4,
     ADAPTER_RANKS = RANKS_OF_WARP * SKINNY_WARPS,
@@ -87,8 +86,9 @@ FL_NOINLINE void adapter_block(const Args& args, int64_t index) {
         FL_UNROLL
         for (int token = 0; token < ADAPTER_TOKENS; ++token) {
             const float whole = warp_sum(sum[i][token]);
+            const int64_t at = (int64_t)blockIdx.y * args.m + token0 + token;
             if (i < ranks && token < tokens && lane == token)
-                store(args.adapter_planes + ((int64_t)blockIdx.y * args.m + token0 + token) * args.r + rank0 + i, whole);
+                store(args.adapter_planes + at * args.r + rank0 + i, whole);
         }
 }
 
@@ -125,22 +125,39 @@ FL_DEVICE void decode_word(uint32_t bytes, const uint32_t words[8], uint32_t out
     }
 }
 
-// x [tokens, chunk] in shared memory, eight columns in the order that decode_word leaves; 0 outside.
-FL_DEVICE void stage_x(const Args& args, int64_t start, int64_t end, int tokens, uint4* x) {
-    for (int i = (int)threadIdx.x; i < tokens * (CHUNK / 8); i += SKINNY_THREADS) {
-        const int64_t token = i / (CHUNK / 8), col = start + 8 * (i % (CHUNK / 8));
+// x [8 TILES tokens, SPAN columns] in shared memory, where few tokens leave room for more columns.
+template <int TILES>
+struct MmaShared {
+    enum {
+        SPAN = CHUNK * (TILES == 1 ? 4 : TILES == 2 ? 2 : 1),
+        STRIDE = SPAN / 8 + 1,  // of a token, in 16 bytes: odd, so that eight lanes meet eight banks
+    };
+    uint4 x[8 * TILES * STRIDE];
+    float map[256];
+};
+
+// Eight columns in the order that decode_word leaves; 0 outside.
+template <int TILES>
+FL_DEVICE void stage_x(const Args& args, int64_t start, int64_t end, MmaShared<TILES>& shared) {
+    enum { SPAN = MmaShared<TILES>::SPAN, GROUPS = SPAN / 8 };
+    const uint16_t* x = (const uint16_t*)args.x + start;
+    const int count = (int)(end - start < SPAN ? end - start : SPAN), tokens = (int)args.m;
+    FL_UNROLL
+    for (int i = 0; i < 8 * TILES * GROUPS / SKINNY_THREADS; ++i) {
+        const int at = i * SKINNY_THREADS + (int)threadIdx.x, token = at / GROUPS, group = at % GROUPS;
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (token < args.m && col < end) v = load<uint4>((const uint16_t*)args.x + token * args.k + col);
-        x[token * STRIDE + i % (CHUNK / 8)] = make_uint4(permute(v.x, v.y, 0x5410), permute(v.z, v.w, 0x5410),
-                                                         permute(v.x, v.y, 0x7632), permute(v.z, v.w, 0x7632));
+        if (token < tokens && 8 * group < count) v = load<uint4>(x + token * args.k + 8 * group);
+        shared.x[token * MmaShared<TILES>::STRIDE + group] =
+            make_uint4(permute(v.x, v.y, 0x5410), permute(v.z, v.w, 0x5410), permute(v.x, v.y, 0x7632),
+                       permute(v.z, v.w, 0x7632));
     }
 }
 
-// The packed words of two rows, eight apart, for one chunk: of each step of 64 columns a lane takes two words. Where a
-// block has 32 columns, its four lanes take one word of each; else neighbouring words.
-template <bool FINE>
-struct RowWords {
+// What a lane needs of two rows of w, eight apart, for one chunk: of each step of 64 columns two words; the scales of
+// step t. Where a block has 32 columns (FINE), the row's four lanes take one word of each; else neighbouring words.
+struct Chunk {
     uint32_t words[STEPS][2][2];  // [step][word][row]
+    float scales[2][2];           // [block][row]
 };
 template <bool FINE>
 FL_DEVICE int word_of(int t, int j) {
@@ -148,30 +165,35 @@ FL_DEVICE int word_of(int t, int j) {
 }
 
 template <bool FINE>
-FL_DEVICE void load_words(const Args& args, const int64_t rows[2], int t, int64_t start, int64_t end,
-                          RowWords<FINE>& held) {
+FL_DEVICE void load_chunk(const Weight& w, const float* map, const uint64_t rows[2], int shift, int64_t start,
+                          int64_t end, Chunk& chunk) {
+    const int t = (int)threadIdx.x % 4, steps = (int)((min64(end, start + CHUNK) - start) / STEP);
     FL_UNROLL
-    for (int step = 0; step < STEPS; ++step) {
-        if (start + STEP * step >= end) break;
+    for (int i = 0; i < 2; ++i) {
+        const uint64_t flat = rows[i] + (uint64_t)start;
+        const uint8_t* p = w.packed + flat / 2 + (FINE ? 4 : 8) * t;
         FL_UNROLL
-        for (int i = 0; i < 2; ++i) {
-            const uint8_t* p = args.weight.packed + (rows[i] * args.k + start + STEP * step) / 2;
+        for (int step = 0; step < STEPS; ++step) {
+            if (step >= steps) continue;
             if (FINE) {
-                held.words[step][0][i] = load<uint32_t>(p + 4 * t);
-                held.words[step][1][i] = load<uint32_t>(p + 16 + 4 * t);
+                chunk.words[step][0][i] = load<uint32_t>(p + STEP / 2 * step);
+                chunk.words[step][1][i] = load<uint32_t>(p + STEP / 2 * step + 16);
             } else {
-                const uint2 both = load<uint2>(p + 8 * t);
-                held.words[step][0][i] = both.x;
-                held.words[step][1][i] = both.y;
+                const uint2 both = load<uint2>(p + STEP / 2 * step);
+                chunk.words[step][0][i] = both.x;
+                chunk.words[step][1][i] = both.y;
             }
         }
+        if (t >= steps) continue;
+        chunk.scales[0][i] = scale_of(w, map, (int64_t)((flat + STEP * t) >> shift));
+        if (FINE) chunk.scales[1][i] = scale_of(w, map, (int64_t)((flat + STEP * t + 32) >> shift));
     }
 }
 
-// acc[tile] += scale ∘ (w xᵀ) over one chunk.
+// acc[tile] += scale ∘ (w xᵀ) over one chunk; x: its first columns of token 0.
 template <class T, int TILES, bool FINE>
-FL_DEVICE void multiply_chunk(const RowWords<FINE>& held, const uint32_t words[8], const float scales[2][2], int steps,
-                              const uint4* x, float acc[TILES][4]) {
+FL_DEVICE void multiply_chunk(const Chunk& chunk, const uint32_t words[8], int steps, const uint4* x,
+                              float acc[TILES][4]) {
     const int lane = (int)threadIdx.x % LANES_OF_WARP, g = lane / 4, t = lane % 4;
     FL_UNROLL
     for (int step = 0; step < STEPS; ++step) {
@@ -180,19 +202,19 @@ FL_DEVICE void multiply_chunk(const RowWords<FINE>& held, const uint32_t words[8
         FL_UNROLL
         for (int j = 0; j < 2; ++j) {
             uint32_t low[4], high[4];
-            decode_word(held.words[step][j][0], words, low);
-            decode_word(held.words[step][j][1], words, high);
+            decode_word(chunk.words[step][j][0], words, low);
+            decode_word(chunk.words[step][j][1], words, high);
             const uint32_t even[4] = {low[0], high[0], low[1], high[1]}, odd[4] = {low[2], high[2], low[3], high[3]};
             FL_UNROLL
             for (int tile = 0; tile < TILES; ++tile) {
-                const uint4 v = x[(8 * tile + g) * STRIDE + 8 * step + word_of<FINE>(t, j)];
+                const uint4 v = x[(8 * tile + g) * MmaShared<TILES>::STRIDE + 8 * step + word_of<FINE>(t, j)];
                 const uint32_t first[2] = {v.x, v.y}, second[2] = {v.z, v.w};
                 matrix_product<T>(part[tile], even, first);
                 matrix_product<T>(part[tile], odd, second);
             }
             if (!FINE && j == 0) continue;  // the block's other half comes first
-            const float own = shuffle(scales[FINE ? j : 0][0], 4 * g + step);
-            const float far = shuffle(scales[FINE ? j : 0][1], 4 * g + step);
+            const float own = shuffle(chunk.scales[FINE ? j : 0][0], 4 * g + step);
+            const float far = shuffle(chunk.scales[FINE ? j : 0][1], 4 * g + step);
             FL_UNROLL
             for (int tile = 0; tile < TILES; ++tile) {
                 FL_UNROLL
@@ -205,43 +227,36 @@ FL_DEVICE void multiply_chunk(const RowWords<FINE>& held, const uint32_t words[8
     }
 }
 
-template <int TILES>
-struct MmaShared {
-    uint4 x[8 * TILES * STRIDE];
-    float map[256];
-};
-
 // planes[slice] of 64 rows of w, all tokens; k is a multiple of 64 and of the blocksize, x and packed aligned.
 template <class T, int TILES, bool FINE>
 FL_DEVICE void mma_block(const Args& args, MmaShared<TILES>& shared, int64_t block) {
     const Weight& w = args.weight;
-    const int lane = (int)threadIdx.x % LANES_OF_WARP, warp = (int)threadIdx.x / LANES_OF_WARP, g = lane / 4, t = lane % 4;
-    const int64_t row0 = block * MMA_ROWS + 16 * warp + g;
-    const int64_t rows[2] = {min64(row0, args.n - 1), min64(row0 + 8, args.n - 1)};  // what has no row is not stored
+    const int lane = (int)threadIdx.x % LANES_OF_WARP, g = lane / 4, t = lane % 4;
+    const int warp = (int)threadIdx.x / LANES_OF_WARP;
+    const int64_t row0 = block * MMA_ROWS + 16 * warp + g, last = args.n - 1;  // what has no row is not stored
+    const uint64_t rows[2] = {(uint64_t)(min64(row0, last) * args.k), (uint64_t)(min64(row0 + 8, last) * args.k)};
     const Slice slice = slice_of(args.k, CHUNK, args.splits, blockIdx.y);
     const int shift = shift_of(w.blocksize);
     uint32_t words[8];
     code_words<T>(w, words);
     if (!w.absmax)
         for (int i = (int)threadIdx.x; i < 256; i += SKINNY_THREADS) shared.map[i] = fl_dynamic_map[i];
+    barrier();
     float acc[TILES][4] = {};
-    for (int64_t start = slice.first; start < slice.end; start += CHUNK) {
-        const int64_t end = min64(slice.end, start + CHUNK);
-        RowWords<FINE> held;
-        load_words<FINE>(args, rows, t, start, end, held);
-        barrier();  // the last chunk's readers are done
-        stage_x(args, start, end, 8 * TILES, shared.x);
+    Chunk chunk = {}, next = {};
+    if (slice.first < slice.end) load_chunk<FINE>(w, shared.map, rows, shift, slice.first, slice.end, next);
+    for (int64_t span = slice.first; span < slice.end; span += MmaShared<TILES>::SPAN) {
+        if (span > slice.first) barrier();  // the last span's readers are done
+        stage_x<TILES>(args, span, slice.end, shared);
         barrier();
-        float scales[2][2] = {};  // of step t: [block][row]
-        if (start + STEP * t < end) {
-            FL_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                const int64_t flat = rows[i] * args.k + start + STEP * t;
-                scales[0][i] = scale_of(w, shared.map, flat >> shift);
-                if (FINE) scales[1][i] = scale_of(w, shared.map, (flat + 32) >> shift);
-            }
+        const int64_t end = min64(slice.end, span + MmaShared<TILES>::SPAN);
+        for (int64_t start = span; start < end; start += CHUNK) {
+            chunk = next;
+            if (start + CHUNK < slice.end)
+                load_chunk<FINE>(w, shared.map, rows, shift, start + CHUNK, slice.end, next);
+            const int steps = (int)((min64(end, start + CHUNK) - start) / STEP);
+            multiply_chunk<T, TILES, FINE>(chunk, words, steps, shared.x + (int)(start - span) / 8, acc);
         }
-        multiply_chunk<T, TILES, FINE>(held, words, scales, (int)((end - start) / STEP), shared.x, acc);
     }
     FL_UNROLL
     for (int tile = 0; tile < TILES; ++tile)
@@ -290,8 +305,13 @@ FL_DEVICE void plain_block(const Args& args, Tables& tables, int64_t block) {
 
 // --- kernels ---------------------------------------------------------------------------------------------------------
 
+// Blocks a multiprocessor: as many as leave every architecture's compiler enough registers.
+constexpr int mma_blocks(int tiles, bool fine) {
+    return tiles == 1 ? 4 : tiles == 2 || (tiles == 4 && !fine) ? 3 : 2;
+}
+
 template <class T, int TILES, bool FINE>
-FL_KERNEL(SKINNY_THREADS, TILES < 8 ? 4 : 3) skinny_mma_kernel(FL_ARGS Args args) {
+FL_KERNEL(SKINNY_THREADS, mma_blocks(TILES, FINE)) skinny_mma_kernel(FL_ARGS Args args) {
     FL_SHARED(MmaShared<TILES>, shared);
     const int64_t blocks = ceil_div(args.n, MMA_ROWS);
     if ((int64_t)blockIdx.x < blocks) mma_block<T, TILES, FINE>(args, shared, blockIdx.x);

@@ -1,6 +1,6 @@
 // dx of a few tokens, again two launches:
 //
-//   planes[p] = d[:, p] w[p, :]   and, by further blocks,   adapter_planes[p] = d[:, p] b[p, :],   d = (mag / norm) ∘ dy
+//   planes[p] = d[:, p] w[p, :]  and, by further blocks,  adapter_planes[p] = d[:, p] b[p, :],  d = (mag / norm) ∘ dy
 //   dx = Σ_p planes[p] + s g a,   g = Σ_p adapter_planes[p]                                             (finish.h)
 //
 // where p is a slice of n. fp32 fused multiply-adds of decoded weights: a lane owns eight columns of k, so that packed
@@ -32,7 +32,8 @@ FL_DEVICE void stage_d(const Args& args, int64_t start, int64_t end, int64_t tok
 }
 
 // The warps' sums, in their order, to planes[slice][8 tokens][256 columns].
-FL_DEVICE void reduce_warps(const Args& args, DxShared& shared, const float sum[TOKENS][8], int64_t token0, int64_t col0) {
+FL_DEVICE void reduce_warps(const Args& args, DxShared& shared, const float sum[TOKENS][8], int64_t token0,
+                            int64_t col0) {
     const int lane = (int)threadIdx.x % LANES_OF_WARP, warp = (int)threadIdx.x / LANES_OF_WARP;
     for (int turn = 0; turn < DX_WARPS; ++turn) {
         if (turn == warp) {

@@ -20,7 +20,7 @@ ABI_VERSION = 1
 INSTALLED = pathlib.Path(__file__).resolve().parent.parent / "_lib" / "libfastlora_cuda.so"
 # Written beside the library by a build that could not make it; its text says why.
 REASON_NAME = "cuda_build_failed.txt"
-OPS = ("quantize", "dequantize", "dropout_mask", "merge", "forward", "dx")
+OPS = ("quantize", "quantize_absmax", "dequantize", "dropout_mask", "norm", "merge", "forward", "dx")
 
 _RECORD = struct.Struct("=11qd24q")
 

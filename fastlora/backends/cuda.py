@@ -1,8 +1,8 @@
 """The CUDA backend: 4-bit weights and few tokens, over the compiled library (csrc/cuda).
 
-What it computes is written in the ops' contract; how, in csrc/cuda: format.h (dequantize, merge, quantize, dropout
-bits), skinny.h and finish.h (the forward of up to 64 tokens: two launches, adapter included), transposed.h (dx of up to
-16). No GPU has timed it yet, so nothing chooses it by itself: `backend="cuda"` does.
+What it computes is written in the ops' contract; how, in csrc/cuda: format.h (dequantize, merge, DoRA's norm, quantize,
+dropout bits), skinny.h and finish.h (the forward of up to 64 tokens: two launches, adapter included), transposed.h (dx
+of up to 16). No GPU has timed it yet, so nothing chooses it by itself: `backend="cuda"` does.
 """
 
 from __future__ import annotations
@@ -106,6 +106,19 @@ def quantize(problem: Problem, w: Tensor, quant_type: str, blocksize: int) -> tu
     return packed, absmax
 
 
+def quantize_absmax(problem: Problem, absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """absmax fp32 [blocks] -> codes uint8 [blocks], nested_absmax fp32 [ceil(blocks/256)], offset fp32 [1]."""
+    scales, count, device = absmax.contiguous(), absmax.numel(), absmax.device
+    codes = torch.empty((count,), dtype=torch.uint8, device=device)
+    nested = torch.empty((_cdiv(count, nf4.NESTED_BLOCKSIZE),), dtype=torch.float32, device=device)
+    if not count:
+        return codes, nested, torch.zeros(1, device=device)
+    offset = scales.mean(dtype=torch.float64).float().reshape(1)  # as in math.nf4
+    fields = {"k": count, "weight": (0, 0, 0, 0, 0, 0, offset.data_ptr(), 0), "x": scales.data_ptr()}
+    _call("quantize_absmax", scales, **fields, out_bytes=codes.data_ptr(), out_scales=nested.data_ptr())
+    return codes, nested, offset
+
+
 def dequantize(problem: Problem, weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Decode a weight of any shape to fp32, bf16 or fp16: fp32 code * absmax, rounded once. Bits of math.nf4."""
     nf4.check_packed(weight)
@@ -140,6 +153,16 @@ def _adapter_fields(
     if problem.flags & DORA and mag is not None and norm is not None:
         fields |= {"mag": mag.data_ptr(), "mag_dtype": _DTYPES[mag.dtype], "norm": norm.data_ptr()}
     return fields | {"scale": float(scale)}
+
+
+def dora_norm(problem: Problem, weight: PackedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """||w + s b a|| of each row: fp32 [n]."""
+    norm = torch.empty((problem.n,), dtype=torch.float32, device=a.device)
+    if problem.n:
+        keep: list[Tensor] = []
+        fields = _adapter_fields(problem, a, b, scale, None, None)
+        _call("norm", norm, **fields, weight=_weight(weight, keep), out_scales=norm.data_ptr())
+    return norm
 
 
 def merged_weight(
@@ -291,12 +314,15 @@ def _layer(flags: int, max_m: int | None = None, **more: Any) -> Limits:
 
 _SKINNY = _layer(BIAS | DROPOUT | DORA | SHARED | TRAIN | SAVE_MASK | LAZY_H, SKINNY_TOKENS, also=_own_drop)
 _MERGE = _layer(BIAS | DORA, missing=_missing_merge)
+_NORM = _layer(DORA)
 _DX = _layer(BIAS | DORA | NEED_DX | LAZY_H, DX_TOKENS)
 
 for _op, _run, _limits, _plan in (
     ("quantize", quantize, _FORMAT, "direct"),
+    ("quantize_absmax", quantize_absmax, _FORMAT, "direct"),
     ("dequantize", dequantize, _FORMAT, "direct"),
     ("dropout_mask", dropout_mask, _FORMAT, "direct"),
+    ("dora_norm", dora_norm, _NORM, "direct"),
     ("lora_fwd", lora_fwd, _SKINNY, "skinny"),
     ("lora_fwd", merge, _MERGE, "merge"),
     ("lora_bwd", lora_bwd, _DX, "skinny"),
