@@ -22,10 +22,10 @@ backends.load()
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def stub(folder: Path, abi: int, size: int, arches: str = "90a") -> Path:
+def stub(folder: Path, abi: int, size: int, arches: str = "90a", status: int = 0) -> Path:
     """A library that says what it is and has every function, none of which does anything."""
     compiler = shutil.which("gcc") or shutil.which("cc") or pytest.skip("no C compiler")
-    ops = "".join(f"long long fl_cuda_{op}(const void* args) {{ return 0; }}\n" for op in _cuda_library.OPS)
+    ops = "".join(f"long long fl_cuda_{op}(const void* args) {{ return {status}; }}\n" for op in _cuda_library.OPS)
     source = f"""
 long long fl_cuda_abi_version() {{ return {abi}; }}
 long long fl_cuda_args_bytes() {{ return {size}; }}
@@ -84,6 +84,14 @@ def test_another_architecture_is_refused_by_name(
     for major, minor in refused:
         why = found.why_not_device(major, minor)
         assert f"this GPU is sm_{major}{minor}: rebuild" in why and arches.split(",")[0] in why
+
+
+@pytest.mark.parametrize(("status", "why"), [(0, ""), (101, ""), (35, "CUDA library: no kernel image (35)")])
+def test_a_driver_too_old_is_a_reason(tmp_path: Path, status: int, why: str) -> None:
+    path = stub(tmp_path, _cuda_library.ABI_VERSION, _cuda_library._RECORD.size, status=status)
+    found, _ = _cuda_library.open_library(path)
+    assert found is not None
+    assert found.why_not_driver() == why
 
 
 def fwd(m: int = 4, flags: int = 0, kind: str = "nf4") -> Problem:

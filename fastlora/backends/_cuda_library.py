@@ -22,6 +22,7 @@ INSTALLED = pathlib.Path(__file__).resolve().parent.parent / "_lib" / "libfastlo
 REASON_NAME = "cuda_build_failed.txt"
 OPS = ("quantize", "quantize_absmax", "dequantize", "dropout_mask", "norm", "merge", "forward", "dx")
 
+_INVALID_DEVICE = 101  # cudaErrorInvalidDevice
 _RECORD = struct.Struct("=11qd24q")
 
 
@@ -63,6 +64,14 @@ class Library:
                 return ""
         built = ", ".join(self.arches)
         return f"CUDA library was built for sm_{built}, this GPU is sm_{capability}: rebuild with FASTLORA_BUILD=cuda"
+
+    def why_not_driver(self) -> str:
+        """Why the runtime linked into the library cannot work with this driver, as where it is older; "" when it can.
+
+        A device that cannot exist is asked for: a runtime that works says just that.
+        """
+        status = self.functions["quantize"](pack(device=-1))
+        return "" if status in (0, _INVALID_DEVICE) else f"CUDA library: {self._error(status).decode()} ({status})"
 
     def call(self, op: str, record: bytes) -> None:
         """Start an op's kernels on a `pack`ed record.
@@ -111,6 +120,8 @@ def missing() -> str:
         return "no GPU that torch can use"
     if torch.version.cuda is None:
         return "torch's GPU is not NVIDIA's"
+    if why := found.why_not_driver():
+        return why
     reasons = [
         found.why_not_device(*torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())
     ]
