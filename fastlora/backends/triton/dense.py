@@ -462,7 +462,7 @@ def linear_dx(
         return dx
     wide = weights.wide(dy, w, dx, g, a) if wide is None else wide
     tma = not wide and by_descriptor(at, dy, w, dx)
-    tile = tile_linear(at, m, k, dtype, tma, masked=bits is not None)
+    tile = tile_linear(at, m, k, dtype, tma, masked=bits is not None, scaled=mag is not None)
     programs = _programs(at, cdiv(m, tile.BLOCK_M) * cdiv(k, tile.BLOCK_N), tma)
     r = 0 if g is None else g.shape[1]
     launch(

@@ -25,14 +25,18 @@ _HALF = {
     "gfx942": ((Tile(128, 128, 32, 8, 2), 1.0), (Tile(64, 128, 64, 4, 2), 0.8), (Tile(64, 64, 64, 4, 2), 0.5)),
 }
 _SINGLE = {
-    "sm_80": ((Tile(64, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 4, 3), 0.8)),
+    "sm_80": ((Tile(64, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 8, 3), 0.8)),
     "sm_89": ((Tile(64, 128, 32, 8, 2), 1.0), (Tile(64, 64, 32, 4, 2), 0.8)),
     "sm_90": ((Tile(128, 128, 32, 8, 3), 1.0), (Tile(64, 64, 32, 4, 3), 0.7)),
     "sm_100": ((Tile(128, 64, 32, 8, 2), 1.0), (Tile(64, 64, 32, 4, 3), 0.8)),  # three products in tensor memory
     "gfx942": ((Tile(128, 128, 32, 4, 2), 1.0), (Tile(64, 64, 32, 4, 2), 0.7)),
 }
 # Rows that no asynchronous copy can read: registers hold the tiles in flight, fewer beside much else.
-_UNALIGNED, _UNALIGNED_HEAVY = Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3)
+_UNALIGNED, _UNALIGNED_HEAVY, _UNALIGNED_MOST = (
+    Tile(128, 128, 32, 8, 3),
+    Tile(128, 64, 32, 8, 3),
+    Tile(64, 64, 32, 8, 3),
+)
 _INTERPRETED = Tile(16, 32, 32, 1, 1)
 # Two outputs, each with its bias, factor and low-rank term, leave room for fewer stages or smaller tiles.
 _TWO_OUTPUTS = {
@@ -52,17 +56,29 @@ def family(at: Target) -> str:
 
 
 def tile_linear(
-    at: Target, m: int, columns: int, dtype: torch.dtype, tma: bool, *, masked: bool = False, two: bool = False
+    at: Target,
+    m: int,
+    columns: int,
+    dtype: torch.dtype,
+    tma: bool,
+    *,
+    masked: bool = False,
+    scaled: bool = False,
+    two: bool = False,
 ) -> Tile:
     """The tile of an [m, columns] output that wastes least in its last wave.
 
     Independent of the rank, so that a layer with B = 0 sums exactly as the frozen one does. A heavy epilogue (`masked`,
-    or `two` outputs) does not fit the registers beside the largest tile, but for sm_90.
+    or `two` outputs) does not fit the registers beside the largest tile, but for sm_90; an operand `scaled` on its way
+    does not fit Blackwell's tensor memory.
     """
     if at.kind == "interpreter":
         return _INTERPRETED
-    table, heavy = _SINGLE if dtype == torch.float32 else _HALF, masked or two
+    blackwell = at.kind == "cuda" and at.arch >= 100
+    table, heavy = _SINGLE if dtype == torch.float32 else _HALF, masked or two or (scaled and blackwell)
     if at.kind == "cuda" and at.arch >= 90 and not tma:
+        if two and blackwell and dtype == torch.float32:
+            return _UNALIGNED_MOST
         return _UNALIGNED_HEAVY if heavy or dtype == torch.float32 else _UNALIGNED
 
     def seconds(item: tuple[Tile, float]) -> float:

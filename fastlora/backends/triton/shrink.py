@@ -364,7 +364,8 @@ def tile_rows(target: Target, m: int, r: int, dtype: torch.dtype) -> Tile:
     if rank == 256 and size == 4 and target.kind == "cuda":
         block_m = min(block_m, 32)  # three tf32 terms of each operand
     if block_m == 16 and target.kind == "cuda" and dtype != torch.bfloat16:
-        block_k = block_k // 2 if rank <= 64 else block_k  # v's terms are most of what a program of few rows holds
+        # v's terms are most of what a program of few rows holds.
+        block_k = block_k // 2 if rank <= 64 else min(block_k, 32)
     warps = 8 if block_m >= 64 or (rank == 256 and size == 4) else 4
     per_stage = block_k * (block_m * size + rank * 4)
     fixed = block_k * (block_m * size + 3 * rank * 2)
