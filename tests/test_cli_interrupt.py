@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The command, slowed down at every tensor it writes, so that there is a half-way.
 SLOW = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+# A process in the background ignores them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from fastlora.nn import shards
 write = shards.Shard.write
 def slowly(*arguments):
