@@ -190,17 +190,19 @@ def _check(x: Tensor, n: int, k: int, a: Tensor, b: Tensor, bias: Tensor | None,
         raise DtypeError(
             f"expected floating-point x and a, b of one floating dtype, got x {x.dtype}, a {a.dtype}, b {b.dtype}"
         )
-    for name, vector in (("bias", bias), ("magnitude", mag)):
-        if vector is not None and tuple(vector.shape) != (n,):
-            raise ShapeError(f"expected {name} of shape ({n},), got {tuple(vector.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ShapeError(f"expected bias of shape ({n},), got {tuple(bias.shape)}")
+    if mag is not None and mag.shape != (n,):
+        raise ShapeError(f"expected magnitude of shape ({n},), got {tuple(mag.shape)}")
     if not 0.0 <= p < 1.0:
         raise ShapeError(f"dropout_p must be in [0, 1), got {p}")
 
 
 def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
+    device = x.device
     for tensor in tensors:
-        if tensor is not None and tensor.device != x.device:
-            raise DtypeError(f"expected every tensor on the device of x, {x.device}, got one on {tensor.device}")
+        if tensor is not None and tensor.device != device:
+            raise DtypeError(f"expected every tensor on the device of x, {device}, got one on {tensor.device}")
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
