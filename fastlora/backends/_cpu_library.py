@@ -10,12 +10,15 @@ import ctypes
 import functools
 import pathlib
 import struct
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from fastlora import settings
 from fastlora.errors import UnsupportedError
 
+T = TypeVar("T")
 ABI_VERSION = 3
 INSTALLED = pathlib.Path(__file__).resolve().parent.parent / "_lib" / "libfastlora_cpu.so"
 # Written beside the library by a build that could not make it; its text says why.
@@ -115,25 +118,46 @@ def _cut_short(path: pathlib.Path) -> str:
     return f"the file is cut short: {size} of {max(ends)} bytes" if max(ends) > size else ""
 
 
-def open_library(path: pathlib.Path = INSTALLED) -> tuple[Library | None, str]:
-    """The library in a file, or None and the reason why it cannot be used. Never raises."""
+def open_shared(
+    path: pathlib.Path,
+    name: str,
+    reason: str,
+    missing: str,
+    prefix: str,
+    interface: tuple[int, int],
+    make: Callable[[ctypes.CDLL], T],
+) -> tuple[T | None, str]:
+    """What `make` makes of the shared library in a file, or None and the reason why it cannot be used. Never raises.
+
+    Args:
+        name: "CPU" or "CUDA", for messages.
+        reason: the file beside it in which a failed build said why. missing: why, where there is none.
+        prefix: of its C functions. interface: the ABI version and the bytes of its record that this package has.
+    """
     if not path.is_file():
-        failed = path.parent / REASON_NAME
+        failed = path.parent / reason
         why = failed.read_text(encoding="utf-8").strip() if failed.is_file() else ""
-        why = why or ("install from source with a C++ compiler present" if path == INSTALLED else f"no file {path}")
-        return None, f"CPU library not built ({why})"
+        return None, f"{name} library not built ({why or missing})"
     try:
         if why := _cut_short(path):
-            return None, f"CPU library cannot be loaded ({why})"
+            return None, f"{name} library cannot be loaded ({why})"
         handle = ctypes.CDLL(str(path))
-        handle.fl_abi_version.restype = handle.fl_args_bytes.restype = ctypes.c_int64
-        found, size = handle.fl_abi_version(), handle.fl_args_bytes()
-        if (found, size) != (ABI_VERSION, _RECORD.size):
-            needed = f"{ABI_VERSION}.{_RECORD.size}"
-            return None, f"CPU library has interface {found}.{size}, this package needs {needed}: rebuild"
-        return Library(handle), ""
+        questions = [getattr(handle, f"{prefix}_{what}") for what in ("abi_version", "args_bytes")]
+        for question in questions:
+            question.restype = ctypes.c_int64
+        found = tuple(question() for question in questions)
+        if found != interface:
+            have, want = (".".join(map(str, each)) for each in (found, interface))
+            return None, f"{name} library has interface {have}, this package needs {want}: rebuild"
+        return make(handle), ""
     except (OSError, AttributeError) as error:
-        return None, f"CPU library cannot be loaded ({error})"
+        return None, f"{name} library cannot be loaded ({error})"
+
+
+def open_library(path: pathlib.Path = INSTALLED) -> tuple[Library | None, str]:
+    """The library in a file, or None and the reason why it cannot be used. Never raises."""
+    missing = "install from source with a C++ compiler present" if path == INSTALLED else f"no file {path}"
+    return open_shared(path, "CPU", REASON_NAME, missing, "fl", (ABI_VERSION, _RECORD.size), Library)
 
 
 @functools.cache

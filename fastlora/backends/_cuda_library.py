@@ -13,7 +13,7 @@ import struct
 
 import torch
 
-from fastlora.backends._cpu_library import _cut_short
+from fastlora.backends._cpu_library import open_shared
 from fastlora.errors import UnsupportedError
 
 ABI_VERSION = 1
@@ -85,23 +85,8 @@ class Library:
 
 def open_library(path: pathlib.Path = INSTALLED) -> tuple[Library | None, str]:
     """The library in a file, or None and the reason why it cannot be used. Never raises."""
-    if not path.is_file():
-        failed = path.parent / REASON_NAME
-        why = failed.read_text(encoding="utf-8").strip() if failed.is_file() else ""
-        why = why or ("install from source with nvcc present" if path == INSTALLED else f"no file {path}")
-        return None, f"CUDA library not built ({why})"
-    try:
-        if why := _cut_short(path):
-            return None, f"CUDA library cannot be loaded ({why})"
-        handle = ctypes.CDLL(str(path))
-        handle.fl_cuda_abi_version.restype = handle.fl_cuda_args_bytes.restype = ctypes.c_int64
-        found, size = handle.fl_cuda_abi_version(), handle.fl_cuda_args_bytes()
-        if (found, size) != (ABI_VERSION, _RECORD.size):
-            needed = f"{ABI_VERSION}.{_RECORD.size}"
-            return None, f"CUDA library has interface {found}.{size}, this package needs {needed}: rebuild"
-        return Library(handle), ""
-    except (OSError, AttributeError) as error:
-        return None, f"CUDA library cannot be loaded ({error})"
+    missing = "install from source with nvcc present" if path == INSTALLED else f"no file {path}"
+    return open_shared(path, "CUDA", REASON_NAME, missing, "fl_cuda", (ABI_VERSION, _RECORD.size), Library)
 
 
 @functools.cache
