@@ -4,8 +4,8 @@
 
 A 64 x 64 layer, one token, one thread: the arithmetic costs next to nothing, so what a call takes beyond the bare base
 is what calling it costs. The base is `nn.Linear`, under a 4-bit layer bitsandbytes' own `Linear4bit`. Everybody takes
-turns, A B C A B C, `calls` calls a turn; reported are medians of the rounds, and the medians of the rounds' differences
-to the base. Before that every output is compared with the formula.
+turns of `calls` calls, in an order drawn anew each round; reported are medians of the rounds, and the medians of the
+rounds' differences to the base. Before that every output is compared with the formula.
 
   eval   module.eval(), no gradient       train   forward only, x and the adapters ask for gradients
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -127,9 +128,13 @@ def base_of(name: str) -> str:
 
 
 def take_turns(steps: dict[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, list[float]]:
-    """Microseconds a call of each, one entry a round; the order rotates."""
-    names, times = list(steps), {name: [] for name in steps}
+    """Microseconds a call of each, one entry a round; who comes after whom is drawn anew each round.
+
+    A fixed order would give each one the caches and the clock that the same neighbour leaves behind.
+    """
+    names, times, draw = list(steps), {name: [] for name in steps}, random.Random(0)
     for turn in range(-2, rounds):
+        draw.shuffle(names)
         for name in names:
             step = steps[name]
             begin = time.perf_counter()
@@ -137,7 +142,6 @@ def take_turns(steps: dict[str, Callable[[], Any]], rounds: int, calls: int) -> 
                 step()
             if turn >= 0:
                 times[name].append((time.perf_counter() - begin) / calls * 1e6)
-        names.append(names.pop(0))
     return times
 
 

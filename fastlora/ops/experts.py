@@ -17,7 +17,7 @@ from fastlora.math import philox
 from fastlora.math.nf4 import PackedWeight
 from fastlora.ops import schema
 from fastlora.ops.dora import dora_weight_norm
-from fastlora.ops.lora import Call, _direct, _forward_op
+from fastlora.ops.lora import _direct, _forward_op
 from fastlora.ops.schema import format_of
 from fastlora.problem import BIAS, DENSE, NEED_DX
 
@@ -46,7 +46,7 @@ def base_forward(x: Tensor, layer: Frozen, bias: bool = True) -> Tensor:
     """x [m, k] through the frozen base, [m, n]."""
     n, k = layer.weight.shape
     vector = layer.bias if bias else None
-    call = Call(1.0, 0, 0.0, BIAS * (vector is not None), settings.current.backend, layer.on_grid)
+    call = 1.0, 0, 0.0, BIAS * (vector is not None), settings.current.backend, layer.on_grid
     none = (x.new_empty((0, k)), x.new_empty((n, 0)))
     y: Tensor = _forward_op(x.contiguous(), layer.weight, vector, *none, None, None, None, call)[0]
     return y

@@ -6,7 +6,7 @@ The frozen weight is never differentiated; x, a, b, magnitude and bias are.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,8 @@ from fastlora.problem import DENSE, LAZY_H, NEED_DA, NEED_DB, NEED_DBIAS, NEED_D
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
 
 
-class Call(NamedTuple):
-    """The static facts of one call, as the ops take them."""
-
-    scale: float
-    stream: int
-    p: float
-    flags: int
-    backend: str
-    on_grid: bool
+# The static facts of one call, as the ops take them: scale, stream, p, flags, backend, on_grid.
+Call = tuple[float, int, float, int, str, bool]
 
 
 def _watched() -> bool:
@@ -126,7 +119,7 @@ class AdaptedLinear(torch.autograd.Function):
         ctx.packing = weight[5:] if packed else None
         ctx.dtypes = None if mag is None else mag.dtype, None if bias is None else bias.dtype
         needs = NEED_DX * need_x | NEED_DA * need_a | NEED_DB * need_b | NEED_DMAG * need_mag | NEED_DBIAS * need_bias
-        ctx.call = Call(scale, stream, p, flags & ~(TRAIN | SAVE_MASK) | needs, backend, on_grid)
+        ctx.call = scale, stream, p, flags & ~(TRAIN | SAVE_MASK) | needs, backend, on_grid
         return y
 
     @staticmethod
@@ -179,16 +172,16 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def _check(x: Tensor, n: int, k: int, a: Tensor, b: Tensor, bias: Tensor | None, mag: Tensor | None, p: float) -> None:
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ShapeError(f"expected x with last dimension in_features={k}, got shape {tuple(x.shape)}")
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1]:
+    shape, of_a, of_b, dtype = x.shape, a.shape, b.shape, a.dtype  # each asked once: this runs at every call
+    if not shape or shape[-1] != k:
+        raise ShapeError(f"expected x with last dimension in_features={k}, got shape {tuple(shape)}")
+    if len(of_a) != 2 or len(of_b) != 2 or of_a[1] != k or of_b[0] != n or of_a[0] != of_b[1]:
         raise ShapeError(
-            f"expected a [r, {k}] and b [{n}, r] for a weight of shape ({n}, {k}), "
-            f"got {tuple(a.shape)} and {tuple(b.shape)}"
+            f"expected a [r, {k}] and b [{n}, r] for a weight of shape ({n}, {k}), got {tuple(of_a)} and {tuple(of_b)}"
         )
-    if not (x.is_floating_point() and a.is_floating_point()) or a.dtype != b.dtype:
+    if b.dtype is not dtype or not (dtype.is_floating_point and x.dtype.is_floating_point):
         raise DtypeError(
-            f"expected floating-point x and a, b of one floating dtype, got x {x.dtype}, a {a.dtype}, b {b.dtype}"
+            f"expected floating-point x and a, b of one floating dtype, got x {x.dtype}, a {dtype}, b {b.dtype}"
         )
     if bias is not None and bias.shape != (n,):
         raise ShapeError(f"expected bias of shape ({n},), got {tuple(bias.shape)}")
@@ -218,7 +211,6 @@ def adapted_linear(
     a: Tensor,
     b: Tensor,
     scale: float | Tensor,
-    *,
     bias: Tensor | None,
     dropout_p: float,
     seed: int | Tensor | None,
@@ -229,8 +221,9 @@ def adapted_linear(
     on_grid: bool = False,
     norm_weight: Tensor | None = None,
 ) -> Tensor:
-    """What `lora_linear` and `qlora_linear` share: validate once, flatten x to [m, k], draw the seed, call.
+    """What every adapted linear shares: validate once, flatten x to [m, k], draw the seed, call.
 
+    Arguments as `lora_linear`'s and `qlora_linear`'s, by position, because naming them costs time at every call.
     `norm_weight` is the weight DoRA's norm is taken of, where `weight` is a cast of it.
     """
     n, k = weight.shape
@@ -244,16 +237,17 @@ def adapted_linear(
     if forward_ad._current_level >= 0:
         _refuse_tangents(x, a, b, bias, magnitude)
     a, b = a.contiguous(), b.contiguous()
-    x2d = (x if x.dim() == 2 else x.reshape(-1, k)).contiguous()
+    flat = x.dim() == 2
+    x2d = (x if flat else x.reshape(-1, k)).contiguous()
     dropout = dropout_p > 0.0
     seed_tensor = as_seed(seed, x.device) if dropout else None
     norm = None
     if magnitude is not None:
         norm = dora_weight_norm(weight if norm_weight is None else norm_weight, a, b, scale, backend=backend)
     train = torch.is_grad_enabled() and (
-        x.requires_grad
-        or a.requires_grad
+        a.requires_grad
         or b.requires_grad
+        or x.requires_grad
         or (bias is not None and bias.requires_grad)
         or (magnitude is not None and magnitude.requires_grad)
     )
@@ -265,22 +259,23 @@ def adapted_linear(
         train=train,
         save_mask=not settings.current.low_memory,
         # On a GPU a merged forward needs no h; where x is wider than y, one later pass over x makes h and da.
-        lazy_h=x.device.type == "cuda" and isinstance(weight, PackedWeight) and not dropout and k > n,
+        lazy_h=k > n and not dropout and isinstance(weight, PackedWeight) and x.device.type == "cuda",
     )
-    call = Call(float(scale), stream, float(dropout_p), flags, backend or "", on_grid)
+    call = float(scale), stream, float(dropout_p), flags, backend or "", on_grid
     if train:
         y = AdaptedLinear.apply(x2d, a, b, magnitude, bias, weight, norm, seed_tensor, call)
     else:
         y = _forward_op(x2d, weight, bias, a, b, magnitude, norm, seed_tensor, call)[0]
     # Not `view`: an output that autograd takes for a view of another could not be modified in place by everyone.
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], n))
+    return y if flat else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], n))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype for the device of x where it is on (it leaves float64 alone), else None."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    device = "cpu" if x.is_cpu else x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(device)
 
 
 def lora_linear(
@@ -323,23 +318,28 @@ def lora_linear(
         raise ShapeError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
     if weight.requires_grad:
         raise DtypeError("the base weight is frozen: expected weight.requires_grad=False, got True")
-    dtype, norm_weight = autocast_dtype(x), weight
+    return dense_linear(x, weight, a, b, scale, bias, dropout_p, seed, stream, magnitude, dora_dropout, backend)
+
+
+def dense_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    stream: int,
+    magnitude: Tensor | None,
+    dora_dropout: str,
+    backend: str | None,
+) -> Tensor:
+    """`lora_linear` by position, for a weight that is known to be frozen and [n, k]."""
+    rest = (a, b, scale, bias, dropout_p, seed, stream, magnitude, dora_dropout, backend, False)
+    dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-    if weight.dtype != x.dtype:
+        return adapted_linear(x.to(dtype), weight.to(dtype), *rest, weight)
+    if weight.dtype is not x.dtype:
         raise DtypeError(f"expected x and weight of one dtype, got x {x.dtype} and weight {weight.dtype}")
-    return adapted_linear(
-        x,
-        weight,
-        a,
-        b,
-        scale,
-        bias=bias,
-        dropout_p=dropout_p,
-        seed=seed,
-        stream=stream,
-        magnitude=magnitude,
-        dora_dropout=dora_dropout,
-        backend=backend,
-        norm_weight=norm_weight,
-    )
+    return adapted_linear(x, weight, *rest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,19 +40,28 @@ def qlora_linear(
         raise DtypeError(f"expected a floating-point x, got {x.dtype}")
     if len(weight.shape) != 2:
         raise ShapeError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
-    y = adapted_linear(
-        x.to(compute_dtype or autocast_dtype(x) or x.dtype),
+    return packed_linear(
+        x,
         weight,
         a,
         b,
         scale,
-        bias=bias,
-        dropout_p=dropout_p,
-        seed=seed,
-        stream=stream,
-        magnitude=magnitude,
-        dora_dropout=dora_dropout,
-        backend=backend,
-        on_grid=on_grid,
+        bias,
+        dropout_p,
+        seed,
+        stream,
+        magnitude,
+        dora_dropout,
+        backend,
+        on_grid,
+        compute_dtype=compute_dtype,
     )
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, *rest: Any, compute_dtype: torch.dtype | None) -> Tensor:
+    """`qlora_linear` for a float x and an [n, k] weight; `rest` by position, as `lora.adapted_linear`."""
+    dtype = compute_dtype or autocast_dtype(x) or x.dtype
+    if dtype is x.dtype:
+        return adapted_linear(x, weight, *rest)
+    y = adapted_linear(x.to(dtype), weight, *rest)
     return y if compute_dtype is None else y.to(x.dtype)
