@@ -43,6 +43,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NESTED, PLAIN = Format("nf4", 64, nested=True), Format("nf4", 64)
 _GRADIENTS = NEED_DX | NEED_DA | NEED_DB
 _P = 0.1
+_ACTS = ("silu", "gelu", "gelu_tanh", "relu")  # a gated unit's problem names its activation by its rank
 _STREAM = 1  # an adapter's second position; arguments of 1 become constants
 
 
@@ -76,6 +77,10 @@ def arguments(problem: Problem) -> tuple[Any, ...]:
     weight = meta(n, k, dtype=dtype) if fmt.kind == "dense" else packed(fmt, n, k)
     a, b = meta(r, k, dtype=adapter_dtype), meta(n, r, dtype=adapter_dtype)
     seed = meta(1, dtype=torch.int64)
+    if op == "glu_fwd":
+        return meta(m, n, dtype=dtype), meta(m, n, dtype=dtype), _ACTS[r]
+    if op == "glu_bwd":
+        return *(meta(m, n, dtype=dtype) for _ in range(3)), _ACTS[r], bool(flags & NEED_DA)
     if op == "quantize":
         return meta(n, k, dtype=dtype), fmt.kind, fmt.blocksize
     if op == "dequantize":
@@ -268,6 +273,9 @@ def _ops() -> Iterator[Problem]:
         yield Problem("dequantize", 0, n, k, 0, dtype, dtype, fmt, 0, "cuda")
     yield Problem("quantize", 0, n, k, 0, BF16, BF16, PLAIN, 0, "cuda")
     yield Problem("dropout_mask", TRAINING[0], 0, k, 0, FP32, FP32, DENSE, 0, "cuda")
+    for act, dtype in ((0, BF16), (1, BF16), (0, FP32)):
+        yield Problem("glu_fwd", TRAINING[0], WIDE_IN[2], 0, act, dtype, dtype, DENSE, 0, "cuda")
+        yield Problem("glu_bwd", TRAINING[0], WIDE_IN[2], 0, act, dtype, dtype, DENSE, NEED_DA, "cuda")
     for r, fmt in ((16, NESTED), (256, NESTED), (16, DENSE)):
         yield Problem("dora_norm", 0, n, k, r, BF16, FP32, fmt, 0, "cuda")
 
@@ -283,6 +291,9 @@ def _more_ops() -> Iterator[Problem]:
     yield Problem("dropout_mask", ODD[0], 0, ODD[2], 0, FP32, FP32, DENSE, 0, "cuda")
     for r, dtype, fmt in ((64, BF16, NESTED), (256, FP32, DENSE), (16, FP32, PLAIN)):
         yield Problem("dora_norm", 0, n, k, r, dtype, FP32, fmt, 0, "cuda")
+    for act, dtype in ((2, BF16), (3, BF16), (2, FP16), (1, FP32)):
+        yield Problem("glu_fwd", ODD[0], ODD[1], 0, act, dtype, dtype, DENSE, 0, "cuda")
+        yield Problem("glu_bwd", ODD[0], ODD[1], 0, act, dtype, dtype, DENSE, 0, "cuda")
     yield Problem("dora_norm", 0, ODD[1], ODD[2], 24, BF16, FP32, NESTED, 0, "cuda")
 
 

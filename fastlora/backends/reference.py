@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlora.dispatch import cost
 from fastlora.dispatch.registry import Kernel, Limits, register
 from fastlora.math import nf4, philox, reference
+from fastlora.math.activations import KNOWN
 from fastlora.math.nf4 import PackedWeight
 from fastlora.math.segments import Group, Segments, dropout_bits
 from fastlora.problem import (
@@ -255,6 +256,23 @@ def grouped_bwd(
     return grads
 
 
+def glu_fwd(problem: Problem, gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """act(gate) * up by PyTorch's own operations in the dtype of gate: the bits of a model that is not fused."""
+    acted = KNOWN[act].forward(gate, torch.empty_like(gate))
+    return acted.mul_(up)
+
+
+def glu_bwd(
+    problem: Problem, d: Tensor, gate: Tensor, up: Tensor, act: str, need_product: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dgate, dup and, where asked for, the product again; what autograd of `glu_fwd` computes."""
+    through = d * up
+    dgate = KNOWN[act].backward(through, gate, torch.empty_like(gate))
+    acted = KNOWN[act].forward(gate, through)
+    dup = acted * d
+    return dgate, dup, acted.mul_(up) if need_product else None
+
+
 def dora_norm(problem: Problem, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """|w + s b a| per row, fp32 (fp64 for fp64)."""
     dtype = _working_dtype(problem.dtype)
@@ -288,6 +306,8 @@ for _run in (
     grouped_fwd,
     grouped_bwd,
     grouped_mask,
+    glu_fwd,
+    glu_bwd,
     dora_norm,
     quantize,
     quantize_absmax,

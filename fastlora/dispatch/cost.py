@@ -89,6 +89,8 @@ def work(problem: Problem) -> Work:
     if problem.op in ("grouped_fwd", "grouped_bwd"):  # the deltas alone: every adapter moves once, rows once
         passes = 1 if problem.op == "grouped_fwd" else 2
         return Work(2 * m * r * (n + k) * passes, (groups * adapters + m * (k + 2 * n) * size + mask) * passes)
+    if problem.op in ("glu_fwd", "glu_bwd"):
+        return Work(20 * m * n, (3 if problem.op == "glu_fwd" else 6) * m * n * size)
     if problem.op == "dora_norm":
         return Work(2 * n * k * r + 3 * n * k, w + adapters + 4 * n)
     if problem.op == "quantize":

@@ -62,16 +62,11 @@ def _plan(module: str, plan: str) -> Callable[..., Any]:
     return run
 
 
-def _format_op(name: str) -> Callable[..., Any]:
+def _of(module: str, name: str) -> Callable[..., Any]:
+    """An op of one plan; its module is imported on the first call."""
+
     def run(*args: Any) -> Any:
-        return _function("formats", name)(*args)
-
-    return run
-
-
-def _grouped_op(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        return _function("grouped", name)(*args)
+        return _function(module, name)(*args)
 
     return run
 
@@ -124,8 +119,11 @@ for _op, _module, _plans in (
         register(Kernel(_op, "triton", _plan(_module, _name), _limits, _seconds, _name))
 
 for _name in ("grouped_fwd", "grouped_bwd", "grouped_mask"):
-    register(Kernel(_name, "triton", _grouped_op(_name), _ALL, predict.grouped, "grouped"))
+    register(Kernel(_name, "triton", _of("grouped", _name), _ALL, predict.grouped, "grouped"))
+
+for _name in ("glu_fwd", "glu_bwd"):
+    register(Kernel(_name, "triton", _of("gated", _name), _ALL, predict.direct, "gated"))
 
 _FORMAT = Limits(devices=_DEVICES, dtypes=_FLOATS, max_r=MAX_RANK, missing=missing)
 for _name in ("quantize", "dequantize", "dropout_mask", "dora_norm"):
-    register(Kernel(_name, "triton", _format_op(_name), _FORMAT, predict.direct))
+    register(Kernel(_name, "triton", _of("formats", _name), _FORMAT, predict.direct))
