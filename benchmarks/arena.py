@@ -23,7 +23,6 @@ from benchmarks.suites import Row, Suite, suites
 CPU = torch.device("cpu")
 # From this many tokens on the arithmetic dominates and where the weight comes from does not show.
 _COMPUTE_BOUND = 64
-_COPIES = 3
 _LONG = 1e9  # multiplications: parity has warmed such a call up, and one of it is enough for the clock
 
 
@@ -166,16 +165,17 @@ class Arena:
 
 
 def _copies(case: Case, contender: Contender, plan: Plan) -> int:
-    """How many weights the calls of one sample go through.
+    """How many weights the calls of one sample go through, each once: a model's layers, one after another.
 
-    Between two samples of a contender the others read more than the cache holds; within a sample each copy is used
-    once (only calls far below the clock's two milliseconds are repeated).
+    A call that waits for memory gets enough of them to outgrow the last-level cache, so that a sample is neither one
+    first call after somebody else's nor a read from the cache.
     """
     own = case
     if contender.role == "floor":
         own = dataclasses.replace(case, quant="", dtype=torch.float32 if "fp32" in contender.name else case.dtype)
-    long = case.m >= _COMPUTE_BOUND or own.call_bytes >= timing.cache_bytes(plan.device)
-    return 1 if long and not plan.dry else _COPIES
+    if case.m >= _COMPUTE_BOUND and not plan.dry:
+        return 1
+    return timing.copies_for(own.call_bytes, plan.device, plan.dry)
 
 
 def _calls(case: Case, inputs: Inputs, entries: list[Entry]) -> Iterator[tuple[Entry, Any]]:
