@@ -25,7 +25,7 @@ struct Together {
 
 // fp32 rows, or rows of bf16 pairs, as they lie: a dense weight, a tile, or a of the adapter.
 struct PlainRows {
-    enum { PAIRS = 1 };
+    enum { PAIRS = 1, LATE = 0 };
     typedef int State;
     const float* rows;
     int64_t stride;
@@ -41,7 +41,7 @@ struct PlainRows {
 #ifdef FL_LOOKUP
 // Steps of 64 columns, all of one block: a scaled table a row and step. In fp32, vectors of even and of odd columns.
 struct PackedSteps {
-    enum { PAIRS = BLOCK_64 / (2 * W) };
+    enum { PAIRS = BLOCK_64 / (2 * W), LATE = 0 };
     typedef decltype(Lookup().scaled(0)) State;
     const uint8_t* packed;
     const float* scales;
@@ -57,6 +57,7 @@ struct PackedSteps {
         state.pair(packed + i * bytes + step * (BLOCK_64 / 2) + pair * W, w);
     }
     void next(int64_t count) { packed += count * bytes, scales += count * row_blocks; }
+    void use(const float* code) { codes = Lookup(code); }
 };
 
 #ifdef FL_BF16
@@ -75,15 +76,32 @@ struct PackedPairSteps : PackedSteps {
         w[1] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(nibbles, table));
     }
 };
+
+// The same for one token, to which a scaled table costs more than its products: the codes in bf16 meet x, and the scale
+// their sum (w = absmax code either way, its error that of one rounding to bf16).
+struct PackedPairCodes : PackedPairSteps {
+    enum { LATE = 1 };
+    typedef vf State;
+    __m512i table;
+    FL_MEMBER vf begin(int64_t step, int i) const {
+        __builtin_prefetch(packed + i * bytes + step * (BLOCK_64 / 2) + ahead, 0, 2);
+        return vset1(scales[i * row_blocks + ((step0 + step) >> shift)]);
+    }
+    FL_MEMBER void get(int64_t step, int pair, int i, vf, vf w[2]) const {
+        PackedPairSteps::get(step, pair, i, table, w);
+    }
+    void use(const float* code) { table = _mm512_castps_si512(vpairs(vload(code), vload(code))); }
+};
 #endif
 template <bool PAIR>
 struct StepsOf {
-    typedef PackedSteps Rows;
+    typedef PackedSteps Rows, OneTokens;
 };
 #ifdef FL_BF16
 template <>
 struct StepsOf<true> {
     typedef PackedPairSteps Rows;
+    typedef PackedPairCodes OneTokens;
 };
 #endif
 #endif
@@ -93,6 +111,13 @@ struct Adapter {
     const float *b, *h;
     int64_t rank;  // 0: none
 };
+
+// The scale of a step that is `LATE`.
+FL_INLINE vf late_scale(const vf& scale) { return scale; }
+template <class State>
+FL_INLINE vf late_scale(const State&) {
+    return vzero();
+}
 
 // part[i T + t] += sum of row i times token t, and of their adapter rows. x: vectors of all T tokens side by side.
 template <bool PAIR, int R, int T, class Rows>
@@ -118,6 +143,13 @@ static void dot(const Rows& rows, int64_t steps, const float* x, const Adapter& 
             vf w[R][2];
             FL_UNROLL
             for (int i = 0; i < R; ++i) rows.get(step, pair, i, state[i], w[i]);
+            if (Rows::LATE) {
+                FL_UNROLL
+                for (int i = 0; i < R; ++i)
+                    acc[i] = vfma(vdot(vload(x + W), w[i][1], vdot(vload(x), w[i][0], vzero())), late_scale(state[i]),
+                                  acc[i]);
+                continue;
+            }
             FL_UNROLL
             for (int half = 0; half < 2; ++half) {
                 FL_UNROLL
@@ -132,6 +164,24 @@ static void dot(const Rows& rows, int64_t steps, const float* x, const Adapter& 
         }
     }
     add_sums<R * T>(acc, part);
+}
+
+// The same for one token over dense bf16: rows one after another, as they lie in memory, for which it waits.
+static void dot_in_order(const PlainRows& rows, int64_t count, int64_t steps, const float* x, Adapter adapter,
+                         float* part) {
+    enum { SUMS = 4 };  // hide the latency of a product
+    for (int64_t row = 0; row < count; ++row, adapter.b += adapter.rank) {
+        const float *p = rows.rows + row * rows.stride, *v = x;
+        vf acc[SUMS] = {vzero(), vzero(), vzero(), vzero()};
+        for (int64_t j = 0; j < adapter.rank; j += W) acc[0] = vfma(vload(adapter.b + j), vload(adapter.h + j), acc[0]);
+        int64_t i = 2 * steps;
+        for (; i >= SUMS; i -= SUMS, p += SUMS * W, v += SUMS * W) {
+            FL_UNROLL
+            for (int j = 0; j < SUMS; ++j) acc[j] = vdot(vload(v + j * W), vload(p + j * W), acc[j]);
+        }
+        for (; i > 0; --i, p += W, v += W) acc[0] = vdot(vload(v), vload(p), acc[0]);
+        part[row] += vsum(vadd(vadd(acc[0], acc[1]), vadd(acc[2], acc[3])));
+    }
 }
 
 // The same for `count` rows, part [count][T].
@@ -290,6 +340,8 @@ struct FewForward {
             const Adapter adapter{b, scaled_h, k ? 0 : rank};
             const int64_t some = min64(chunk, columns - k);
             if (packed) packed_rows(source, n0, count, k, some, adapter);
+            else if (direct && PAIR && tokens == 1)
+                dot_in_order(dense_rows(n0, k), count, some / step, base + k / 2, adapter, part);
             else if (direct) all_tokens(dense_rows(n0, k), 0, count, k, some, adapter);
             else tile_rows(source, n0, count, k, some, adapter);
         }
@@ -335,19 +387,32 @@ struct FewForward {
 
     void packed_rows(Source& source, int64_t n0, int64_t count, int64_t k, int64_t some, Adapter adapter) {
 #ifdef FL_LOOKUP
-        const int64_t bytes = args.k / 2, row_blocks = args.k >> source.shift;
-        typename StepsOf<PAIR && HAS_PAIR>::Rows steps{};
-        steps.packed = args.packed + n0 * bytes + k / 2;
-        steps.scales = source.scales + (n0 * row_blocks - source.first);
-        steps.codes = Lookup(code_of(args));
-        steps.bytes = bytes, steps.row_blocks = row_blocks;
-        steps.ahead = ahead_of(n0, count, k, some);
-        steps.step0 = k / BLOCK_64, steps.shift = source.shift - 6;
-        all_tokens(steps, 0, count, k, some, adapter);
+        typedef StepsOf<PAIR && HAS_PAIR> Steps;
+        if (tokens > 1) {
+            const auto many = steps<typename Steps::Rows>(source, n0, count, k, some);
+            return all_tokens(many, 0, count, k, some, adapter);
+        }
+        dot_all<PAIR, 1>(steps<typename Steps::OneTokens>(source, n0, count, k, some), count, some / step,
+                         base + k / (1 + PAIR), adapter, part);
 #else
         (void)source, (void)n0, (void)count, (void)k, (void)some, (void)adapter;
 #endif
     }
+
+#ifdef FL_LOOKUP
+    template <class Rows>
+    Rows steps(const Source& source, int64_t n0, int64_t count, int64_t k, int64_t some) const {
+        const int64_t bytes = args.k / 2, row_blocks = args.k >> source.shift;
+        Rows rows{};
+        rows.packed = args.packed + n0 * bytes + k / 2;
+        rows.scales = source.scales + (n0 * row_blocks - source.first);
+        rows.use(code_of(args));
+        rows.bytes = bytes, rows.row_blocks = row_blocks;
+        rows.ahead = ahead_of(n0, count, k, some);
+        rows.step0 = k / BLOCK_64, rows.shift = source.shift - 6;
+        return rows;
+    }
+#endif
 
     // How far ahead to prefetch: the same rows' next chunk; where rows are read whole, the rows after these.
     int64_t ahead_of(int64_t n0, int64_t count, int64_t k, int64_t some) const {

@@ -41,7 +41,7 @@ from fastlora.problem import (
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KINDS = {"dense": 0, "nf4": 1, "fp4": 2}
 _MOST_FEW = 32  # tokens; the widest tier's kernels for few of them
-_HUGE = 4 << 20  # fresh outputs above this many bytes ask for huge pages
+_HUGE = 4 << 20  # fresh tensors above this many bytes ask for huge pages
 
 WeightFields = tuple[int, int, int, int, int, int, int, int, int]
 
@@ -119,6 +119,8 @@ def quantize(problem: Problem, w: Tensor, quant_type: str, blocksize: int) -> tu
     count = w.numel()
     packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
     absmax = torch.empty((-(-count // blocksize),), dtype=torch.float32)
+    if packed.numel() >= _HUGE:  # read at every call from now on, for a few tokens as fast as memory allows
+        library.advise_huge(packed.data_ptr(), packed.numel())
     if count:
         record = _cpu_library.pack(
             k=count,
