@@ -18,6 +18,7 @@ from fastlora import backends
 from fastlora.backends.triton.launch import TARGETS, Launch, record
 from fastlora.dispatch import registry
 from fastlora.dispatch.registry import Kernel
+from fastlora.math.group import One
 from fastlora.math.nf4 import NESTED_BLOCKSIZE, PackedWeight
 from fastlora.math.segments import Group, Segments
 from fastlora.problem import (
@@ -71,6 +72,8 @@ def packed(fmt: Format, n: int, k: int) -> PackedWeight:
 
 def arguments(problem: Problem) -> tuple[Any, ...]:
     """Meta tensors for `Kernel.run(problem, *arguments)`, see ops/schema.py."""
+    if problem.op.startswith("projections"):
+        return projection_arguments(problem)
     if problem.groups:
         return grouped_arguments(problem)
     op, m, n, k, r, dtype, adapter_dtype, fmt, flags, *_ = problem
@@ -99,6 +102,19 @@ def arguments(problem: Problem) -> tuple[Any, ...]:
     mask = meta(m, -(-k // 8), dtype=torch.uint8) if flags & SAVE_MASK else None
     z = meta(m, n, dtype=dtype) if dora else None
     return (meta(m, n, dtype=dtype), meta(m, k, dtype=dtype), weight, a, b, 2.0, mag, norm, h, mask, z, *dropout)
+
+
+def projection_arguments(problem: Problem) -> tuple[Any, ...]:
+    """The same for linears over one x: the first of n features, the others of a quarter, as in attention."""
+    op, m, n, k, _, dtype, _, fmt, flags, _, groups = problem
+    plan = "merge" if fmt.kind != "dense" and not flags & DROPOUT else "split"
+    ones = []
+    for i in range(groups):
+        own = Problem(op.replace("projections", "lora"), m, n if i == 0 else max(1, n // 4), *problem[3:10])
+        given = arguments(own)
+        ones.append(One(plan, own, given[1:] if op == "projections_fwd" else (given[0], *given[2:])))
+    x = meta(m, k, dtype=dtype)
+    return x, ones, False if op == "projections_fwd" else [None] * groups
 
 
 def grouped_arguments(problem: Problem) -> tuple[Any, ...]:
@@ -162,6 +178,44 @@ def _linear(
     back = flags & ~BIAS | _GRADIENTS | (NEED_DMAG if flags & DORA else 0) | (NEED_DBIAS if flags & BIAS else 0)
     yield Problem("lora_fwd", m, n, k, r, dtype, adapter, fmt, flags | TRAIN, "cuda")
     yield Problem("lora_bwd", m, n, k, r, dtype, adapter, fmt, back, "cuda")
+
+
+def _over_one_x(
+    shape: tuple[int, int, int],
+    r: int,
+    count: int,
+    dtype: torch.dtype,
+    fmt: Format,
+    flags: int = 0,
+    adapter: torch.dtype = FP32,
+) -> Iterator[Problem]:
+    """Forward and backward of several adapted linears over one x."""
+    rest = (*shape, r, dtype, adapter, fmt)
+    flags |= SAVE_MASK if flags & DROPOUT else 0
+    back = flags | _GRADIENTS | (NEED_DMAG if flags & DORA else 0)
+    yield Problem("projections_fwd", *rest, flags | TRAIN, "cuda", count)
+    yield Problem("projections_bwd", *rest, back, "cuda", count)
+
+
+def _groups(full: bool) -> Iterator[Problem]:
+    """Linears over one x: every target some ranks and formats, the first target more."""
+    yield from _over_one_x(TRAINING, 16, 3, BF16, NESTED)
+    yield from _over_one_x(TRAINING, 16, 2, FP32, NESTED)
+    yield from _over_one_x(TRAINING, 32, 2, BF16, DENSE)
+    yield from _over_one_x(TRAINING, 64, 3, BF16, DENSE, 0, BF16)
+    if not full:
+        return
+    for r, count, dtype, fmt, flags in (
+        (16, 4, BF16, PLAIN, 0),
+        (8, 3, BF16, NESTED, DORA),
+        (16, 3, FP16, NESTED, 0),
+        (64, 3, FP32, DENSE, 0),
+        (16, 2, BF16, DENSE, DROPOUT),
+    ):
+        yield from _over_one_x(TRAINING, r, count, dtype, fmt, flags)
+    yield from _over_one_x(ODD, 24, 3, BF16, NESTED)
+    yield from _over_one_x(ODD, 3, 3, FP32, DENSE)
+    yield from _over_one_x(ONE, 1, 2, BF16, NESTED)
 
 
 def _mixed(
@@ -228,6 +282,7 @@ def core() -> Iterator[Problem]:
         yield Problem("lora_fwd", *shape, 24, dtype, FP32, NESTED, DROPOUT | TRAIN | SAVE_MASK, "cuda")
     yield from _ops()
     yield from _mixes(full=False)
+    yield from _groups(full=False)
 
 
 def rest() -> Iterator[Problem]:
@@ -265,6 +320,7 @@ def rest() -> Iterator[Problem]:
         yield from _linear(ONE, 1, BF16, fmt, shared | BIAS)
     yield from _more_ops()
     yield from _mixes(full=True)
+    yield from _groups(full=True)
 
 
 def _ops() -> Iterator[Problem]:

@@ -51,7 +51,7 @@ def test_every_registered_op_has_a_case(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(registry, "select", lambda problem, *rest: mixed.add(problem.op) or choose(problem, *rest))
     assert many_adapters.main(["--tiny", "--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")]) == 0
     backends.load()
-    elsewhere = {"grouped_mask", "glu_fwd", "glu_bwd"}
+    elsewhere = {"grouped_mask", "glu_fwd", "glu_bwd", "projections_fwd", "projections_bwd"}
     assert {kernel.op for kernel in registry.kernels()} <= set().union(*seen.values(), mixed, elsewhere)
     kinds = {(case.op, case.train) for suite in suites().values() for case in suite.cases}
     covered = {(case.op, case.train) for suite in suites(tiny=True).values() for case in suite.cases}

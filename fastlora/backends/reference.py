@@ -6,6 +6,8 @@ be right. Outputs are rounded once, to the dtype of x.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from fastlora.dispatch import cost
 from fastlora.dispatch.registry import Kernel, Limits, register
 from fastlora.math import nf4, philox, reference
 from fastlora.math.activations import KNOWN
+from fastlora.math.group import One
 from fastlora.math.nf4 import PackedWeight
 from fastlora.math.segments import Group, Segments, dropout_bits
 from fastlora.problem import (
@@ -147,6 +150,28 @@ def lora_bwd(
     if flags & NEED_DBIAS:
         dbias = dy.sum(0)
     return dx, da, db, dmag, dbias
+
+
+# --- several linears over one x ---
+
+
+def projections_fwd(
+    problem: Problem, x: Tensor, ones: Sequence[One], keep: bool
+) -> tuple[list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]], list[Tensor | None]]:
+    """Each by itself."""
+    return [lora_fwd(one.problem, x, *one.args) for one in ones], [None] * len(ones)
+
+
+def projections_bwd(
+    problem: Problem, x: Tensor | None, ones: Sequence[One], weights: Sequence[Tensor | None]
+) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
+    """Each by itself; dx in the order in which autograd would add them, the last first."""
+    found = [lora_bwd(one.problem, one.args[0], x, *one.args[1:]) for one in ones]
+    dx = None
+    for grads in reversed(found):
+        if grads[0] is not None:
+            dx = grads[0] if dx is None else dx.add_(grads[0])
+    return dx, [grads[1:] for grads in found]
 
 
 # --- several adapters in one batch ------------------------------------------------------------------------------------
@@ -306,6 +331,8 @@ for _run in (
     grouped_fwd,
     grouped_bwd,
     grouped_mask,
+    projections_fwd,
+    projections_bwd,
     glu_fwd,
     glu_bwd,
     dora_norm,

@@ -121,6 +121,9 @@ for _op, _module, _plans in (
 for _name in ("grouped_fwd", "grouped_bwd", "grouped_mask"):
     register(Kernel(_name, "triton", _of("grouped", _name), _ALL, predict.grouped, "grouped"))
 
+for _name in ("projections_fwd", "projections_bwd"):
+    register(Kernel(_name, "triton", _of("projections", _name), _ALL, predict.direct, "group"))
+
 for _name in ("glu_fwd", "glu_bwd"):
     register(Kernel(_name, "triton", _of("gated", _name), _ALL, predict.direct, "gated"))
 

@@ -12,7 +12,7 @@ With d = c ∘ dy for DoRA (d = dy otherwise), c = mag / norm a constant:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ from fastlora.problem import DORA, DROPOUT, NEED_DA, NEED_DB, NEED_DBIAS, NEED_D
 Outputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+class Given(NamedTuple):
+    """What a group of projections has made for one of them."""
+
+    weight: Tensor | None = None  # merged with c, or decoded (with c), as the plan wants it
+    low_rank: tuple[Projected, Tensor | None] | None = None  # the projections of dy, and da; no g: dx holds its term
+    into: Tensor | None = None  # dx of the others, to which this one's is added
+
+
 class Call(NamedTuple):
     """The arguments of one backward, as every plan takes them; `bits` and `dscale` are dropout's."""
 
@@ -48,14 +56,23 @@ class Call(NamedTuple):
     bits: Tensor | None
     z: Tensor | None
     dscale: float
+    given: Given = Given()
 
     def needs(self, flag: int) -> bool:
         """Whether a gradient is asked for."""
         return bool(self.problem.flags & flag)
 
 
-def _project(call: Call, *, need_g: bool, scaled: str | None = None, need_db: bool | None = None) -> Projected:
-    """One pass over dy: g, and every gradient that sums over tokens of dy."""
+def project_all(
+    call: Call,
+    *,
+    need_g: bool,
+    scaled: str | None = None,
+    need_db: bool | None = None,
+    g_factor: float = 1.0,
+    g_out: Tensor | None = None,
+) -> Projected:
+    """One pass over dy: g (times g_factor, into g_out), and every gradient that sums over tokens of dy."""
     need_db = call.needs(NEED_DB) if need_db is None else need_db
     return project.project(
         call.dy,
@@ -71,14 +88,24 @@ def _project(call: Call, *, need_g: bool, scaled: str | None = None, need_db: bo
         need_dbias=call.needs(NEED_DBIAS),
         scaled=scaled,
         splits=splits(call.problem),
+        g_factor=g_factor,
+        g_out=g_out,
     )
+
+
+def scaled_dy(call: Call) -> str | None:
+    """Which scaled dy the split plan multiplies a dense weight with: c cannot go into its rows."""
+    dora = call.problem.flags & DORA
+    return "d" if dora and not isinstance(call.weight, PackedWeight) and call.needs(NEED_DX) else None
 
 
 def _low_rank(call: Call, *, g_for_dx: bool, scaled: str | None = None) -> tuple[Projected, Tensor | None]:
     """The projections of dy and da. Where h was not saved, it comes from the same pass over x as da."""
+    if call.given.low_rank is not None:
+        return call.given.low_rank
     need_da = call.needs(NEED_DA) and bool(call.problem.r)
     lazy = call.h is None and call.needs(NEED_DB) and bool(call.problem.r)
-    out = _project(call, need_g=need_da or g_for_dx, scaled=scaled, need_db=False if lazy else None)
+    out = project_all(call, need_g=need_da or g_for_dx, scaled=scaled, need_db=False if lazy else None)
     if not lazy:
         da = None
         if need_da:
@@ -123,8 +150,8 @@ def merge(call: Call) -> Outputs:
     assert isinstance(call.weight, PackedWeight)
     dx = None
     if call.needs(NEED_DX):
-        w = merged_weight(call.weight, call.a, call.b, call.scale, call.dy.dtype, mag=call.mag, norm=call.norm)
-        dx = call.dy @ w
+        w = base_weight("merge", call)
+        dx = _plus(call, call.dy, w)
     out, da = _low_rank(call, g_for_dx=False)
     return _finish(call, dx, out, da)
 
@@ -142,27 +169,53 @@ def _input_delta(call: Call, g: Tensor, *, masked: bool) -> Tensor:
     )
 
 
+def base_weight(plan: str, call: Call) -> Tensor:
+    """The matrix a plan multiplies dy with: merged (c and all), or decoded, c in its rows where it can be."""
+    if call.given.weight is not None:
+        return call.given.weight
+    weight, dtype, given = call.weight, call.dy.dtype, parts_of(plan, call)
+    if not isinstance(weight, PackedWeight):
+        return weight
+    if given is None:
+        return decoded(weight, dtype)
+    a, b, scale, mag, norm = given
+    return merged_weight(weight, a, b, scale, dtype, mag=mag, norm=norm)
+
+
+def parts_of(plan: str, call: Call) -> tuple[Tensor, Tensor, float, Tensor | None, Tensor | None] | None:
+    """What goes into a packed weight while a plan decodes it: a, b, scale, mag, norm; None for nothing."""
+    none = call.a[:0], call.b[:, :0]
+    if plan == "merge":
+        return call.a, call.b, call.scale, call.mag, call.norm
+    if call.problem.flags & DORA and not own_drop(call.problem):  # c goes into the rows of w
+        return *none, 1.0, call.mag, call.norm
+    return None
+
+
+def _plus(call: Call, d: Tensor, w: Tensor) -> Tensor:
+    """d w, added to what the group has."""
+    return d @ w if call.given.into is None else call.given.into.addmm_(d, w)
+
+
+def _joined(call: Call, dx: Tensor) -> Tensor:
+    """dx, added to what the group has."""
+    return dx if call.given.into is None else call.given.into.add_(dx)
+
+
 def split(call: Call) -> Outputs:
     """dx₀ = s drop'(g a), then the base product onto it."""
     problem, need_dx = call.problem, call.needs(NEED_DX)
     if own_drop(problem):
         return _split_own_drop(call)
-    packed = isinstance(call.weight, PackedWeight)
-    dora = bool(problem.flags & DORA)
-    scaled = "d" if dora and not packed and need_dx else None
-    out, da = _low_rank(call, g_for_dx=need_dx, scaled=scaled)
+    out, da = _low_rank(call, g_for_dx=need_dx, scaled=scaled_dy(call))
     dx = None
     if need_dx:
         d = call.dy if out.d is None else out.d
-        if isinstance(call.weight, PackedWeight) and dora:  # c goes into the rows of w while it is decoded
-            none = call.a[:0], call.b[:, :0]
-            w = merged_weight(call.weight, *none, 1.0, call.dy.dtype, mag=call.mag, norm=call.norm)
-        else:
-            w = decoded(call.weight, call.dy.dtype)
+        w = base_weight("split", call)
         if out.g is None:
-            dx = d @ w
+            dx = _plus(call, d, w)
         else:
-            dx = _input_delta(call, out.g, masked=True)
+            dx = _joined(call, _input_delta(call, out.g, masked=True))
             dx.addmm_(d, w)
     return _finish(call, dx, out, da)
 
@@ -174,13 +227,13 @@ def _split_own_drop(call: Call) -> Outputs:
     dx = None
     if need_dx:
         assert out.d is not None and call.bits is not None
-        w = decoded(call.weight, call.dy.dtype)
+        w = base_weight("split", call)
         if out.g is None:
             dx = out.d @ w
         else:
             dx = _input_delta(call, out.g, masked=False)
             dx.addmm_(out.d, w)
-        compose.masked_add(dx, call.bits, call.dscale, dx)
+        dx = _joined(call, compose.masked_add(dx, call.bits, call.dscale, dx))
         dx.addmm_(call.dy, w)
     return _finish(call, dx, out, da)
 
@@ -223,8 +276,15 @@ def _zeros(problem: Problem, dy: Tensor, a: Tensor, b: Tensor) -> Outputs:
     )
 
 
-def run(
-    plan: str,
+def run(plan: str, problem: Problem, dy: Tensor, x: Tensor | None, *rest: Any) -> Outputs:
+    """The op `lora_bwd` by one plan."""
+    if not problem.m:
+        return _zeros(problem, dy, *rest[1:3])
+    with on_device(dy):
+        return PLANS[plan](make_call(problem, dy, x, *rest))
+
+
+def make_call(
     problem: Problem,
     dy: Tensor,
     x: Tensor | None,
@@ -240,32 +300,15 @@ def run(
     seed: Tensor | None,
     stream: int,
     p: float,
-) -> Outputs:
-    """The op `lora_bwd` by one plan."""
+) -> Call:
+    """The op's arguments as the plans take them: the weight checked, the dropout bits read or drawn again."""
     if isinstance(weight, PackedWeight):
         weights.check(weight)
-    if not problem.m:
-        return _zeros(problem, dy, a, b)
     dora = problem.flags & DORA
-    with on_device(dy):
-        bits, dscale = None, 1.0
-        if problem.flags & DROPOUT and problem.flags & (NEED_DX | NEED_DA):
-            assert seed is not None
-            dscale = philox.keep_scale(p)
-            bits = dropout_mask(seed, stream, problem.m, problem.k, p, dy.device) if mask is None else mask
-        call = Call(
-            problem,
-            dy,
-            x,
-            weight,
-            a,
-            b,
-            scale,
-            mag if dora else None,
-            norm if dora else None,
-            h,
-            bits,
-            z,
-            dscale,
-        )
-        return PLANS[plan](call)
+    bits, dscale = None, 1.0
+    if problem.flags & DROPOUT and problem.flags & (NEED_DX | NEED_DA):
+        assert seed is not None
+        dscale = philox.keep_scale(p)
+        bits = dropout_mask(seed, stream, problem.m, problem.k, p, dy.device) if mask is None else mask
+    rest = (mag if dora else None, norm if dora else None, h, bits, z, dscale)
+    return Call(problem, dy, x, weight, a, b, scale, *rest)

@@ -114,7 +114,7 @@ def _compose_kernel(
     delta = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if h_ptr is not None:
         delta = scale * low_rank_tile(
-            h_ptr, b_ptr, rows, cols, m, n, r, dtype, False, R, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WIDE
+            h_ptr, b_ptr, rows, cols, m, n, r, dtype, False, R, 0, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WIDE
         )
     c = ratio(mag_ptr, norm_ptr, cols, n)[None, :]
     # [BLOCK_M, BLOCK_N]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, target
 from fastlora.backends.triton.primitives import cast, dot, offsets
-from fastlora.backends.triton.shrink import keep, load_bits, precision, rank_block, ratio, round_tf32
+from fastlora.backends.triton.shrink import keep, load_bits, precision, rank_block, ratio, round_tf32, stacked
 from fastlora.backends.triton.weight import wide as is_wide
 
 
@@ -25,18 +25,23 @@ def low_rank_tile(
     dtype: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     R: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """(h bᵀ)[rows, cols] in fp32; b is stored [n,r], or [r,n]. For a bf16 result both are rounded to bf16 once."""
+    """(h bᵀ)[rows, cols] in fp32; b is stored [n,r], or [r,n], h as `shrink.stacked` says.
+
+    For a bf16 result both are rounded to bf16 once.
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, R, BLOCK_K):
         ranks = start + tl.arange(0, BLOCK_K)
         # [BLOCK_M, BLOCK_K]
-        h = tl.load(h_ptr + offsets(rows, r, ranks, WIDE), mask=(rows < m)[:, None] & (ranks < r)[None, :], other=0.0)
+        inside = (rows < m)[:, None] & (ranks < r)[None, :]
+        h = tl.load(h_ptr + stacked(rows, ranks, m, r, PART, WIDE), mask=inside, other=0.0)
         if TRANSPOSED:
             # [BLOCK_K, BLOCK_N]
             inside = (ranks < r)[:, None] & (cols < n)[None, :]
@@ -69,6 +74,7 @@ def _expand_kernel(
     factor,
     TRANSPOSED: tl.constexpr,
     R: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -83,7 +89,7 @@ def _expand_kernel(
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     acc = low_rank_tile(
-        h_ptr, b_ptr, rows, cols, m, n, r, dtype, TRANSPOSED, R, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WIDE
+        h_ptr, b_ptr, rows, cols, m, n, r, dtype, TRANSPOSED, R, PART, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WIDE
     )
     acc = acc * factor
     if mag_ptr is not None:
@@ -128,19 +134,21 @@ def expand(
     bias: Tensor | None = None,
     mag: Tensor | None = None,
     norm: Tensor | None = None,
+    part: int | None = None,
     wide: bool | None = None,
 ) -> Tensor:
     """out = scale · factor · mask∘(c ⊙ (h bᵀ)) + bias, rounded once to `dtype`; one write.
 
     Args:
-        h: fp32 [m, r] contiguous; b: [n, r] contiguous, or [r, n] where `transposed` (a's layout), any float dtype.
+        h: fp32 [m, r] contiguous, or with `part` [r / part, m, part].
+        b: [n, r] contiguous, or [r, n] where `transposed` (a's layout), any float dtype.
         bits: keep mask uint8 [m, ceil(n/8)] or None; mag, norm: [n], c = mag / norm per column, or None.
         bias: [n] of any float dtype or None; wide: force 64-bit offsets on or off.
 
     Returns:
         [m, n] of `dtype`.
     """
-    m, r = h.shape
+    m, r = h.shape[-2], b.shape[0 if transposed else 1]
     n = b.shape[1 if transposed else 0]
     out = torch.empty((m, n), dtype=dtype, device=h.device)
     device = target(h.device)
@@ -161,6 +169,7 @@ def expand(
         float(scale * factor),
         TRANSPOSED=transposed,
         R=rank_block(r),
+        PART=part or 0,
         BLOCK_M=tile.BLOCK_M,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_K=tile.BLOCK_K,

@@ -34,6 +34,13 @@ Weight = Tensor | PackedWeight
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
+class Given(NamedTuple):
+    """What a group of projections has made for one of them."""
+
+    hidden: tuple[Tensor, Tensor | None] | None = None  # h and the dropout bits
+    weight: Tensor | None = None  # merged, or decoded, as the plan wants it
+
+
 class Call(NamedTuple):
     """The arguments of one forward, as every plan takes them."""
 
@@ -48,6 +55,7 @@ class Call(NamedTuple):
     norm: Tensor | None
     dropout: Dropout | None
     p: float
+    given: Given = Given()
 
     @property
     def train(self) -> bool:
@@ -91,6 +99,8 @@ def make_dropout(problem: Problem, seed: Tensor | None, bits: Tensor | None, str
 def _hidden(call: Call) -> tuple[Tensor, Tensor | None]:
     """h = drop(x) aᵀ and, where asked for, the dropout bits."""
     problem = call.problem
+    if call.given.hidden is not None:
+        return call.given.hidden
     if not problem.r:
         return call.x.new_empty((problem.m, 0), dtype=torch.float32), _bits(call) if call.save_mask else None
     given = call.dropout is not None and call.dropout.bits is not None
@@ -117,7 +127,9 @@ def merge(call: Call) -> Outputs:
     assert isinstance(call.weight, PackedWeight)
     keep_z = call.train and problem.flags & DORA
     mag, norm = (None, None) if keep_z else (call.mag, call.norm)
-    w = merged_weight(call.weight, call.a, call.b, call.scale, x.dtype, mag=mag, norm=norm)
+    w = call.given.weight
+    if w is None:
+        w = merged_weight(call.weight, call.a, call.b, call.scale, x.dtype, mag=mag, norm=norm)
     h = None
     if call.returns_h:
         h, _ = _hidden(call)
@@ -131,7 +143,7 @@ def split(call: Call) -> Outputs:
     """The adapter's small term first, so that it alone is rounded twice; the base product accumulates onto it."""
     problem, x = call.problem, call.x
     dora = problem.flags & DORA
-    w = decoded(call.weight, x.dtype)
+    w = decoded(call.weight, x.dtype) if call.given.weight is None else call.given.weight
     if own_drop(problem):
         return _split_own_drop(call, w)
     h, mask = _hidden(call)
@@ -168,7 +180,7 @@ def dense(call: Call) -> Outputs:
     h, mask = _hidden(call)
     y, z = dense_kernels.linear(
         call.x,
-        decoded(call.weight, call.x.dtype),
+        decoded(call.weight, call.x.dtype) if call.given.weight is None else call.given.weight,
         h if problem.r else None,
         call.b if problem.r else None,
         call.scale,
@@ -221,15 +233,14 @@ def skinny(call: Call) -> Outputs:
 PLANS = {"merge": merge, "split": split, "dense": dense, "fused": fused, "skinny": skinny}
 
 
-def _empty(call: Call) -> Outputs:
+def _empty(problem: Problem, x: Tensor) -> Outputs:
     """The outputs for no tokens."""
-    problem, x = call.problem, call.x
-    y = x.new_empty((0, problem.n))
+    y, flags = x.new_empty((0, problem.n)), problem.flags
     return (
         y,
-        x.new_empty((0, problem.r), dtype=torch.float32) if call.returns_h else None,
-        x.new_empty((0, -(-problem.k // 8)), dtype=torch.uint8) if call.save_mask else None,
-        torch.empty_like(y) if call.train and problem.flags & DORA else None,
+        x.new_empty((0, problem.r), dtype=torch.float32) if flags & (TRAIN | LAZY_H) == TRAIN else None,
+        x.new_empty((0, -(-problem.k // 8)), dtype=torch.uint8) if flags & SAVE_MASK else None,
+        torch.empty_like(y) if flags & TRAIN and flags & DORA else None,
     )
 
 
@@ -249,10 +260,31 @@ def run(
     p: float,
 ) -> Outputs:
     """The op `lora_fwd` by one plan."""
+    if not problem.m:
+        return _empty(problem, x)
+    with on_device(x):
+        return PLANS[plan](make_call(problem, x, weight, bias, a, b, scale, mag, norm, seed, stream, p))
+
+
+def make_call(
+    problem: Problem,
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    mag: Tensor | None,
+    norm: Tensor | None,
+    seed: Tensor | None,
+    stream: int,
+    p: float,
+) -> Call:
+    """The op's arguments as the plans take them, the weight checked."""
     if isinstance(weight, PackedWeight):
         weights.check(weight)
     dora = problem.flags & DORA
-    call = Call(
+    return Call(
         problem,
         x,
         weight,
@@ -265,7 +297,3 @@ def run(
         make_dropout(problem, seed, None, stream, p),
         p,
     )
-    if not problem.m:
-        return _empty(call)
-    with on_device(x):
-        return PLANS[plan](call)

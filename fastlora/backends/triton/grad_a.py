@@ -18,12 +18,13 @@ def grad_a(
     bits: Tensor | None = None,
     dscale: float = 1.0,
     splits: int = 1,
+    part: int | None = None,
     wide: bool | None = None,
 ) -> Tensor:
     """da = scale · dscale · gᵀ (mask∘x), x read once.
 
     Args:
-        g: fp32 [m, r]; x: [m, k]; both contiguous.
+        g: fp32 [m, r], or with `part` [r / part, m, part]; x: [m, k]; both contiguous.
         bits: keep mask uint8 [m, ceil(k/8)] or None.
         splits: 16-bit terms that stand for an element of g: 1, or 3 (fp32 accuracy).
         wide: force 64-bit offsets on or off.
@@ -31,10 +32,11 @@ def grad_a(
     Returns:
         da fp32 [r, k].
     """
-    (m, r), k = g.shape, x.shape[1]
+    (m, k), r = x.shape, g.shape[-1] * (1 if part is None else g.shape[0])
     if not m:
         return torch.zeros((r, k), dtype=torch.float32, device=x.device)
-    out = walk(x, r, u=g, transposed=True, right_factor=scale * dscale, bits=bits, splits=splits, wide=wide)
+    options = {"bits": bits, "splits": splits, "part": part, "wide": wide}
+    out = walk(x, r, u=g, transposed=True, right_factor=scale * dscale, **options)  # type: ignore[arg-type]
     assert out.right is not None
     finish(out.right, wide=wide)
     return out.right.out

@@ -99,6 +99,68 @@ def low_rank_slabs(
     return acc.reshape(BLOCK_K // SLAB, BLOCK_N, SLAB)
 
 
+@triton.jit
+def _merge_block(
+    pid,
+    packed_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_offset_ptr,
+    table_ptr,
+    map_ptr,
+    a_ptr,
+    b_ptr,
+    mag_ptr,
+    norm_ptr,
+    out_ptr,
+    n,
+    k,
+    r,
+    scale,
+    BLOCKSIZE: tl.constexpr,
+    IS_NESTED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK: tl.constexpr,
+    TERMS: tl.constexpr,
+    WARPS_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """out[i,j] = round(c[i] (w[i,j] + scale sum_l b[i,l] a[l,j])), c = mag / norm or 1: program `pid`'s STEPS tiles."""
+    spans = tl.cdiv(k, BLOCK_K * STEPS)
+    first_row = (pid // spans) * BLOCK_N
+    rows = tl.arange(0, BLOCK_N)
+    inside_n = rows < n - first_row
+    if mag_ptr is not None:
+        # [BLOCK_N]
+        mag = tl.load(mag_ptr + first_row + rows, mask=inside_n, other=0.0).to(tl.float32)
+        factor = tl.div_rn(mag, tl.load(norm_ptr + first_row + rows, mask=inside_n, other=1.0))
+    if RANK > 0:
+        b = load_b(b_ptr, first_row, 0, n, r, BLOCK_N, BLOCK_R)
+    where, cols = slab_offsets(k, BLOCK_N, BLOCK_K)
+    begin = (pid % spans) * (BLOCK_K * STEPS)
+    for first_col in range(begin, tl.minimum(begin + BLOCK_K * STEPS, k), BLOCK_K):
+        if RANK > 0:
+            delta = low_rank_slabs(
+                a_ptr, b_ptr, b, first_row, first_col, n, k, r, BLOCK_N, BLOCK_K, BLOCK_R, RANK, TERMS, WARPS_K, WIDE
+            )
+        # [BLOCK_K / SLAB, BLOCK_N, SLAB]
+        value = decode_slabs(
+            packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, table_ptr, map_ptr,
+            first_row, first_col, n, k, BLOCK_N, BLOCK_K, BLOCKSIZE, IS_NESTED, ALIGNED,
+        )  # fmt: skip
+        if RANK > 0:
+            value = tl.fma(delta, scale, value)
+        if mag_ptr is not None:
+            value = value * factor[None, :, None]
+        inside = inside_n[None, :, None] & (cols < k - first_col)
+        result = cast(value, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + first_row.to(tl.int64) * k + first_col + where, result, mask=inside)
+
+
 @entry
 def _merge_kernel(
     packed_ptr,
@@ -129,36 +191,11 @@ def _merge_kernel(
     WIDE: tl.constexpr,
 ):
     """out[i,j] = round(c[i] (w[i,j] + scale sum_l b[i,l] a[l,j])), c = mag / norm or 1; STEPS tiles a program."""
-    pid = tl.program_id(0)
-    spans = tl.cdiv(k, BLOCK_K * STEPS)
-    first_row = (pid // spans) * BLOCK_N
-    rows = tl.arange(0, BLOCK_N)
-    inside_n = rows < n - first_row
-    if mag_ptr is not None:
-        # [BLOCK_N]
-        mag = tl.load(mag_ptr + first_row + rows, mask=inside_n, other=0.0).to(tl.float32)
-        factor = tl.div_rn(mag, tl.load(norm_ptr + first_row + rows, mask=inside_n, other=1.0))
-    if RANK > 0:
-        b = load_b(b_ptr, first_row, 0, n, r, BLOCK_N, BLOCK_R)
-    where, cols = slab_offsets(k, BLOCK_N, BLOCK_K)
-    begin = (pid % spans) * (BLOCK_K * STEPS)
-    for first_col in range(begin, tl.minimum(begin + BLOCK_K * STEPS, k), BLOCK_K):
-        if RANK > 0:
-            delta = low_rank_slabs(
-                a_ptr, b_ptr, b, first_row, first_col, n, k, r, BLOCK_N, BLOCK_K, BLOCK_R, RANK, TERMS, WARPS_K, WIDE
-            )
-        # [BLOCK_K / SLAB, BLOCK_N, SLAB]
-        value = decode_slabs(
-            packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, table_ptr, map_ptr,
-            first_row, first_col, n, k, BLOCK_N, BLOCK_K, BLOCKSIZE, IS_NESTED, ALIGNED,
-        )  # fmt: skip
-        if RANK > 0:
-            value = tl.fma(delta, scale, value)
-        if mag_ptr is not None:
-            value = value * factor[None, :, None]
-        inside = inside_n[None, :, None] & (cols < k - first_col)
-        result = cast(value, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + first_row.to(tl.int64) * k + first_col + where, result, mask=inside)
+    _merge_block(
+        tl.program_id(0), packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, table_ptr, map_ptr,
+        a_ptr, b_ptr, mag_ptr, norm_ptr, out_ptr, n, k, r, scale,
+        BLOCKSIZE, IS_NESTED, ALIGNED, BLOCK_N, BLOCK_K, BLOCK_R, RANK, TERMS, WARPS_K, STEPS, WIDE,
+    )  # fmt: skip
 
 
 def rank_blocks(r: int, most: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from fastlora.backends.triton.shrink import (
     Planes,
     finish,
     fold,
+    held_rank,
     keep,
     load_bits,
     load_factor,
@@ -28,6 +29,7 @@ from fastlora.backends.triton.shrink import (
     rank_block,
     ratio,
     rows_product,
+    stacked,
     stages,
     term_count,
     terms,
@@ -68,6 +70,7 @@ def _walk_kernel(
     TRANSPOSED: tl.constexpr,
     MINUS_ONE: tl.constexpr,
     R: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TERMS: tl.constexpr,
@@ -81,7 +84,7 @@ def _walk_kernel(
     dmag[p,j]    = Σ_i t[i,j] z[i,j] / norm[j]              dbias[p,j]   = Σ_i t[i,j]
     scaled[i,j]  = round(c[j] t[i,j]), or round((c[j] - 1) t[i,j]) if MINUS_ONE
 
-    TRANSPOSED: v is stored [r,n] and right [p,r,n]; otherwise [n,r] and [p,n,r].
+    TRANSPOSED: v is stored [r,n] and right [p,r,n]; otherwise [n,r] and [p,n,r]. u: see `shrink.stacked`.
     """
     pid = tl.program_id(0)
     blocks = tl.cdiv(n, BLOCK_N)
@@ -114,7 +117,7 @@ def _walk_kernel(
             tl.store(left_ptr + offsets(left_row, r, ranks, WIDE), fold(left, TERMS) * left_factor, mask=low_rank)
         if right_ptr is not None:
             # [BLOCK_M, R]
-            u = tl.load(u_ptr + offsets(rows, r, ranks, WIDE), mask=low_rank, other=0.0)
+            u = tl.load(u_ptr + stacked(rows, ranks, m, r, PART, WIDE), mask=low_rank, other=0.0)
             slab = product(tl.trans(t), terms(u, t.dtype, TERMS, PRECISION), slab, PRECISION)
         if dmag_ptr is not None:
             # [BLOCK_M, BLOCK_N]
@@ -238,19 +241,25 @@ def walk(
     need_dbias: bool = False,
     scaled: str | None = None,
     splits: int = 1,
+    part: int | None = None,
+    left_out: Tensor | None = None,
     wide: bool | None = None,
 ) -> Walk:
-    """One pass over t [m, n] (m > 0): t (c∘v) where v is given, c∘tᵀu where u is, and the sums asked for."""
+    """One pass over t [m, n] (m > 0): t (c∘v) where v is given, c∘tᵀu where u is, and the sums asked for.
+
+    `part`: u is [r / part, m, part], members of so many ranks. `left_out`: where t (c∘v) goes.
+    """
     m, n = t.shape
     device = target(t.device)
     elementwise = need_dmag + need_dbias + (scaled is not None)
-    tile = tile_walk(device, r, t.dtype, left=v is not None, elementwise=elementwise)
+    held = held_rank(device, r, t.dtype, splits)
+    tile = tile_walk(device, held, t.dtype, left=v is not None, elementwise=elementwise)
     number = planes_walk(device, m, n, tile)
     plane_m = cdiv(cdiv(m, tile.BLOCK_M), number) * tile.BLOCK_M
     number, blocks = cdiv(m, plane_m), cdiv(n, tile.BLOCK_N)
     shape = (r, n) if transposed else (n, r)
     out = Walk(
-        None if v is None else make_planes(t, (m, r), blocks, left_factor),
+        None if v is None else make_planes(t, (m, r), blocks, left_factor, left_out),
         None if u is None else make_planes(t, shape, number, right_factor),
         make_planes(t, (n,), number) if need_dmag else None,
         make_planes(t, (n,), number) if need_dbias else None,
@@ -278,6 +287,7 @@ def walk(
         TRANSPOSED=transposed,
         MINUS_ONE=scaled == "e",
         R=rank_block(r),
+        PART=part or 0,
         BLOCK_M=tile.BLOCK_M,
         BLOCK_N=tile.BLOCK_N,
         TERMS=term_count(device, t.dtype, splits),
@@ -305,11 +315,13 @@ def project(
     need_dbias: bool = False,
     scaled: str | None = None,
     splits: int = 1,
+    g_factor: float = 1.0,
+    g_out: Tensor | None = None,
     wide: bool | None = None,
 ) -> Projected:
     """With d = c∘dy, c = mag / norm (d = dy without mag):
 
-        g = d b     db = scale dᵀ h     dmag = Σ_m dy∘z / norm     dbias = Σ_m dy
+        g = g_factor d b     db = scale dᵀ h     dmag = Σ_m dy∘z / norm     dbias = Σ_m dy
 
     in one read of dy where the partial sums are small beside it, else in two.
 
@@ -318,6 +330,7 @@ def project(
         mag, norm: [n] or None; z: [m, n], for need_dmag.
         scaled: "d" also returns d, "e" (c-1)∘dy, rounded once to dy's dtype (both need mag).
         splits: 16-bit terms that stand for an fp32 element of b or h: 1, or 3 (fp32 accuracy).
+        g_out: contiguous fp32 [m, r] that g is written to.
         wide: force 64-bit offsets on or off.
 
     Returns:
@@ -332,7 +345,7 @@ def project(
     together = walks and need_g and one_pass(target(dy.device), m, n, r, dy.dtype, elementwise=elementwise)
     g = None
     if need_g and not together:
-        g = rows_product(dy, b, transposed=False, **options)  # type: ignore[arg-type]
+        g = rows_product(dy, b, transposed=False, factor=g_factor, out=g_out, **options)  # type: ignore[arg-type]
     if not walks:
         return Projected(g, None, None, None, None)
     out = walk(
@@ -340,6 +353,8 @@ def project(
         r,
         v=b if together else None,
         u=h if need_db else None,
+        left_factor=g_factor,
+        left_out=g_out if together else None,
         right_factor=scale,
         z=z if need_dmag else None,
         need_dmag=need_dmag,

@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.backends.triton.launch import Target, Tile, cdiv, entry, launch, next_power_of_2, target
+from fastlora.backends.triton.launch import (
+    PRECISE_RANK,
+    Target,
+    Tile,
+    cdiv,
+    entry,
+    launch,
+    next_power_of_2,
+    target,
+)
 from fastlora.backends.triton.primitives import cast, dot, draw_bits, offsets
 from fastlora.backends.triton.weight import wide as is_wide
 
@@ -130,6 +139,19 @@ def ratio(mag_ptr, norm_ptr, cols, n):
     return tl.div_rn(mag, tl.load(norm_ptr + cols, mask=cols < n, other=1.0))
 
 
+@triton.jit
+def stacked(rows, ranks, m, r, PART: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets in a low-rank matrix [m,r]; with PART in members of so many ranks, [m,PART] one after the other."""
+    if PART == 0:
+        return offsets(rows, r, ranks, WIDE)
+    else:
+        member, rank = ranks // PART, ranks % PART
+        if WIDE:
+            return rows.to(tl.int64)[:, None] * PART + (member.to(tl.int64) * m * PART + rank)[None, :]
+        else:
+            return rows[:, None] * PART + (member * m * PART + rank)[None, :]
+
+
 # --- sums over planes -------------------------------------------------------------------------------------------------
 
 _GROUP = tl.constexpr(8)  # planes whose loads are in flight together
@@ -212,9 +234,11 @@ class Planes(NamedTuple):
         return self.factor if self.number == 1 else 1.0
 
 
-def make_planes(like: Tensor, shape: tuple[int, ...], number: int, factor: float = 1.0) -> Planes:
-    """Room for `number` partial sums of an fp32 result on like's device."""
-    out = torch.empty(shape, dtype=torch.float32, device=like.device)
+def make_planes(
+    like: Tensor, shape: tuple[int, ...], number: int, factor: float = 1.0, out: Tensor | None = None
+) -> Planes:
+    """Room for `number` partial sums of an fp32 result on like's device, which goes into `out` if given."""
+    out = torch.empty(shape, dtype=torch.float32, device=like.device) if out is None else out
     planes = out if number == 1 else torch.empty((number, *shape), dtype=torch.float32, device=like.device)
     return Planes(planes, out, factor)
 
@@ -277,6 +301,7 @@ def _rows_kernel(
     factor,
     TRANSPOSED: tl.constexpr,
     R: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TERMS: tl.constexpr,
@@ -286,7 +311,7 @@ def _rows_kernel(
 ):
     """out[p,i,l] = factor Σ_j mask[i,j] t[i,j] c[j] v[j,l] over plane p's columns j; v is stored [n,r], or [r,n].
 
-    mask: all ones, read from bits, or drawn from seed (and saved); c = mag / norm or 1.
+    mask: all ones, read from bits, or drawn from seed (and saved); c = mag / norm or 1. out: see `stacked`.
     """
     pid = tl.program_id(0)
     block, plane = pid // planes, pid % planes
@@ -311,9 +336,9 @@ def _rows_kernel(
                 tl.store(where, bits, mask=(rows < m)[:, None] & (groups < bytes_per_row)[None, :])
             t = keep(t, bits, BLOCK_M, BLOCK_K)
         acc = product(t, terms(v, t.dtype, TERMS, PRECISION), acc, PRECISION)
-    row = plane.to(tl.int64) * m + rows if WIDE else plane * m + rows
+    out_ptr += (plane.to(tl.int64) if WIDE else plane) * m * r
     inside = (rows < m)[:, None] & (ranks < r)[None, :]
-    tl.store(out_ptr + offsets(row, r, ranks, WIDE), fold(acc, TERMS) * factor, mask=inside)
+    tl.store(out_ptr + stacked(rows, ranks, m, r, PART, WIDE), fold(acc, TERMS) * factor, mask=inside)
 
 
 def rank_block(r: int) -> int:
@@ -372,6 +397,11 @@ def tile_rows(target: Target, m: int, r: int, dtype: torch.dtype) -> Tile:
     return Tile(BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages(target, per_stage, fixed))
 
 
+def held_rank(device: Target, r: int, dtype: torch.dtype, splits: int) -> int:
+    """The rank whose tiles hold as many columns: terms that stand for a rank above `PRECISE_RANK` count as ranks."""
+    return r if r <= PRECISE_RANK else rank_block(r) * term_count(device, dtype, splits)
+
+
 def planes_rows(target: Target, m: int, n: int, tile: Tile) -> int:
     """Over how many planes the columns are split: several only where the row blocks leave the device idle."""
     blocks = max(1, cdiv(m, tile.BLOCK_M))
@@ -391,17 +421,23 @@ def rows_product(
     mag: Tensor | None = None,
     norm: Tensor | None = None,
     splits: int = 1,
+    part: int | None = None,
+    out: Tensor | None = None,
     wide: bool | None = None,
 ) -> Tensor:
-    """factor · (mask∘t) (c∘v): fp32 [m, r] from one read of t [m, n]; v [n, r], or [r, n] where transposed."""
+    """factor · (mask∘t) (c∘v): fp32 [m, r] from one read of t [m, n]; v [n, r], or [r, n] where transposed.
+
+    `part`: v holds members of so many ranks, and the result is [r / part, m, part], a matrix for each.
+    """
     m, n = t.shape
     r = v.shape[0 if transposed else 1]
     device = target(t.device)
-    tile = tile_rows(device, m, r, t.dtype)
+    tile = tile_rows(device, m, held_rank(device, r, t.dtype, splits), t.dtype)
     number = planes_rows(device, m, n, tile)
     plane_n = cdiv(cdiv(n, tile.BLOCK_K), number) * tile.BLOCK_K
     number = cdiv(n, plane_n)
-    stack = make_planes(t, (m, r), number, factor)
+    shape = (m, r) if part is None else (r // part, m, part)
+    stack = make_planes(t, shape, number, factor, out)
     if not m:
         return stack.out
     bits = None if dropout is None else dropout.bits
@@ -428,6 +464,7 @@ def rows_product(
         stack.early_factor,
         TRANSPOSED=transposed,
         R=rank_block(r),
+        PART=part or 0,
         BLOCK_M=tile.BLOCK_M,
         BLOCK_K=tile.BLOCK_K,
         TERMS=term_count(device, t.dtype, splits),
@@ -448,6 +485,7 @@ def shrink(
     dropout: Dropout | None = None,
     save_mask: bool = False,
     splits: int = 1,
+    part: int | None = None,
     wide: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """h = dscale (mask∘x) aᵀ, x read once.
@@ -457,16 +495,18 @@ def shrink(
         dropout: its bits are read, or drawn inside from its seed; None keeps everything.
         save_mask: also return the bits.
         splits: 16-bit terms that stand for an element of an fp32 a: 1, or 3 (fp32 accuracy).
+        part: a holds members of so many ranks, one after the other.
         wide: force 64-bit offsets on or off.
 
     Returns:
-        h fp32 [m, r]; the bits uint8 [m, ceil(k/8)] or None.
+        h fp32 [m, r], or [r / part, m, part]; the bits uint8 [m, ceil(k/8)] or None.
     """
     saved = None
     if save_mask and dropout is not None and dropout.bits is None:
         saved = torch.empty((x.shape[0], cdiv(x.shape[1], 8)), dtype=torch.uint8, device=x.device)
     factor = 1.0 if dropout is None else dropout.dscale
-    h = rows_product(x, a, transposed=True, factor=factor, dropout=dropout, saved=saved, splits=splits, wide=wide)
+    options = {"dropout": dropout, "saved": saved, "splits": splits, "part": part, "wide": wide}
+    h = rows_product(x, a, transposed=True, factor=factor, **options)  # type: ignore[arg-type]
     if save_mask and dropout is not None and dropout.bits is not None:
         saved = dropout.bits
     return h, saved
