@@ -21,17 +21,22 @@ static float inverse_of(float absmax) { return 1.0f / (absmax < TINY ? TINY : ab
 // args: x [k] elements of dtype, kind, blocksize, out_bytes, out_scales.
 static void quantize(const Args& args, int64_t first_block, int64_t last_block) {
     const Search s(args.kind == FP4);
-    alignas(64) float buffer[4096];
-    for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t start = block * args.blocksize, count = min64(args.blocksize, args.k - start);
-        const float* v = (const float*)args.x + start;
+    enum { AT_ONCE = 4096 };  // elements as fp32: the largest block, or several small ones
+    alignas(64) float buffer[AT_ONCE];
+    const int64_t together = args.dtype == F32 ? last_block - first_block : AT_ONCE / 4 / args.blocksize + 1;
+    for (int64_t some = first_block; some < last_block; some += together) {
+        const int64_t stop = min64(last_block, some + together), from = some * args.blocksize;
+        const float* v = (const float*)args.x + from;
         if (args.dtype != F32) {
-            to_f32(args.x, args.dtype, start, count, buffer);
+            to_f32(args.x, args.dtype, from, min64(stop * args.blocksize, args.k) - from, buffer);
             v = buffer;
         }
-        const float absmax = absmax_of(v, count);
-        args.out_scales[block] = absmax;
-        encode_block(s, v, count, inverse_of(absmax), absmax < __builtin_inff(), args.out_bytes + start / 2);
+        for (int64_t block = some; block < stop; ++block, v += args.blocksize) {
+            const int64_t start = block * args.blocksize, count = min64(args.blocksize, args.k - start);
+            const float absmax = absmax_of(v, count);
+            args.out_scales[block] = absmax;
+            encode_block(s, v, count, inverse_of(absmax), absmax < __builtin_inff(), args.out_bytes + start / 2);
+        }
     }
 }
 

@@ -421,10 +421,27 @@ FL_INLINE __m128i bytes_of_codes(__m512i index) {
     return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(index, 4), _mm512_srli_epi64(index, 32)));
 }
 
+// Sixty-four codes, sixteen a vector, to 32 bytes.
+FL_INLINE __m256i bytes_of_codes(__m512i a, __m512i b, __m512i c, __m512i d) {
+    // The packs leave four codes a 32-bit word, word 4 l + j from lane l of vector j.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d));
+    const __m512i codes = _mm512_permutexvar_epi32(order, packed);
+    return _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110)));  // even << 4 | odd
+}
+
 // `tame`: all of src is finite, and so is inv.
 FL_INLINE void encode_block(const Search& s, const float* src, int64_t count, float inv, bool tame, uint8_t* dst) {
     const vf scale = _mm512_set1_ps(inv);
     int64_t i = 0;
+    if (tame && !s.fp4)
+        for (; i + 64 <= count; i += 64) {
+            __m512i code[4];
+            FL_UNROLL
+            for (int j = 0; j < 4; ++j)
+                code[j] = search_tame(s, _mm512_mul_ps(_mm512_loadu_ps(src + i + 16 * j), scale));
+            _mm256_storeu_si256((__m256i*)(dst + i / 2), bytes_of_codes(code[0], code[1], code[2], code[3]));
+        }
     if (tame && !s.fp4)
         for (; i + 16 <= count; i += 16)
             _mm_storel_epi64((__m128i*)(dst + i / 2),
