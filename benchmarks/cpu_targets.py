@@ -6,12 +6,14 @@ A line names a case, who is compared and the ratio promised. Everybody on a line
 held to the float64 truth first: no ratio for one who fails it. Where a target is missed, the line's bound says whether
 it could be met at all: the other's time over the least time this machine needs, which is the products at the best rate
 that anybody reached in this run in the case's dtype, or one read of the packed weight at the measured read bandwidth,
-whichever is longer.
+whichever is longer; for (de)quantizing, one read and one write at the measured bandwidths of both.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -217,7 +219,7 @@ class Race:
 
 
 def machine(threads: int, tiny: bool) -> dict[str, float]:
-    """The best rates seen here: products of each dtype in flop/s, reading in bytes/s."""
+    """The best rates seen here: products of each dtype in flop/s, reading and writing memory in bytes/s."""
     torch.set_num_threads(threads)
     size, rounds = (128, 2) if tiny else (2048, 5)
     found = {}
@@ -226,7 +228,15 @@ def machine(threads: int, tiny: bool) -> dict[str, float]:
         found[name] = 2 * size**3 / _best(lambda one=one, other=other: one @ other.T, rounds)
     big = torch.ones((1 << 12) if tiny else (1 << 26), dtype=torch.int32)
     found["read"] = big.nbytes / _best(lambda: big.max(), rounds)
+    found["write"] = big.nbytes / _best(lambda: _fill(big, threads), rounds)
     return found
+
+
+def _fill(big: Tensor, threads: int) -> None:
+    """Every byte, by the C library's memset, which writes past the caches; a part a thread (it lets go of the GIL)."""
+    part = big.nbytes // threads
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda i: ctypes.memset(big.data_ptr() + i * part, 1, part), range(threads)))
 
 
 def _best(call: Any, rounds: int) -> float:
@@ -247,7 +257,9 @@ def products(case: Case) -> float:
 def least_seconds(case: Case, rates: dict[str, float]) -> float:
     """What the case costs at the machine's best rates: its products with the weight, or one read of it."""
     if case.op != "linear":
-        return case.call_bytes / rates["read"]
+        dense = case.n * case.k * case.dtype.itemsize
+        read, written = (dense, case.weight_bytes) if case.op == "quantize" else (case.weight_bytes, dense)
+        return read / rates["read"] + written / rates["write"]
     bytes_ = case.weight_bytes * (2 if case.train else 1)
     return max(products(case) / rates[_kind(case)], bytes_ / rates["read"])
 
@@ -328,7 +340,8 @@ def table(run: dict[str, Any]) -> str:
     rates = run["rates"]
     text = [
         f"{run['threads']} thread(s); best rates here: fp32 {rates['float32'] / 1e9:.0f} and bf16 "
-        f"{rates['bfloat16'] / 1e9:.0f} Gflop/s, reading {rates['read'] / 1e9:.1f} GB/s",
+        f"{rates['bfloat16'] / 1e9:.0f} Gflop/s, reading {rates['read'] / 1e9:.1f} and writing "
+        f"{rates['write'] / 1e9:.1f} GB/s",
         f"{'':<32}{'case':<38}{'against':<38}{'ratio':>7}{'target':>8}{'bound':>7}",
     ]
     for line in run["lines"]:
