@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastlora.nn.accelerate import accelerate, decelerate, register
     from fastlora.nn.checkpoint import load_adapter, save_adapter
     from fastlora.nn.convert import convert
+    from fastlora.nn.groups import group, ungroup
     from fastlora.nn.linear import LoraLinear, QLoraLinear
     from fastlora.nn.loading import bnb_state_dict
     from fastlora.nn.model import (
@@ -58,6 +59,7 @@ _HOMES = {
     "bnb_state_dict": "nn.loading",
     "convert": "nn.convert",
     "decelerate": "nn.accelerate",
+    "group": "nn.groups",
     "load_adapter": "nn.checkpoint",
     "load_quantized": "nn.streaming",
     "merge": "nn.model",
@@ -70,6 +72,7 @@ _HOMES = {
     "set_adapter": "nn.model",
     "train_adapters": "nn.model",
     "trainable_parameters": "nn.model",
+    "ungroup": "nn.groups",
     "unmerge": "nn.model",
 }
 
@@ -91,6 +94,7 @@ __all__ = [
     "convert",
     "decelerate",
     "functional",
+    "group",
     "load_adapter",
     "load_quantized",
     "merge",
@@ -104,6 +108,7 @@ __all__ = [
     "set_adapter",
     "train_adapters",
     "trainable_parameters",
+    "ungroup",
     "unmerge",
 ]
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastlora.errors import ConfigError, DtypeError
+from fastlora.nn import groups
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
@@ -114,7 +115,7 @@ def _restore(layer: nn.Module) -> None:
         layer.__dict__.pop(attribute, None)
 
 
-def accelerate(model: Model, *, strict: bool = False) -> Model:
+def accelerate(model: Model, *, strict: bool = False, group: Any = False) -> Model:
     """Let a PEFT model's LoRA layers run on our kernels; afterwards everything PEFT does works as before.
 
     `lora.Linear` over `nn.Linear` (fp32, bf16, fp16) and `lora.bnb.Linear4bit` (NF4, FP4; its bytes are shared, not
@@ -126,11 +127,14 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
     Args:
         model: what `peft.get_peft_model` or `PeftModel.from_pretrained` returns, or any module that holds PEFT layers.
         strict: raise instead of leaving a layer to PEFT.
+        group: also let layers that read one input be computed together (`fastlora.group`, which calls the model once):
+            True, or an example of its input as a tensor, tuple or dict.
 
     Returns:
         The same model.
 
     Raises:
+        DtypeError: `group` is none of these.
         ConfigError: no PEFT layers in it, or peft is not installed; with `strict`, the layers that would be left to
             PEFT and why, and nothing has changed.
     """
@@ -142,6 +146,7 @@ def accelerate(model: Model, *, strict: bool = False) -> Model:
                 _restore(layer)
             raise ConfigError("cannot accelerate every layer: " + "; ".join(lines))
         warnings.warn("left to PEFT: " + "; ".join(lines), stacklevel=2)
+    groups.group_if_asked(model, group)
     return model
 
 
@@ -151,7 +156,7 @@ def _some(names: list[str]) -> str:
 
 
 def decelerate(model: Model) -> Model:
-    """Give PEFT's layers their own forward back; nothing else about them has changed.
+    """Give PEFT's layers their own forward back and take groups away; nothing else about them has changed.
 
     Returns:
         The same model.
@@ -159,6 +164,7 @@ def decelerate(model: Model) -> Model:
     Raises:
         ConfigError: a layer has been given another class since.
     """
+    groups.ungroup(model)
     for _, layer in tuner_layers(model):
         if is_ours(layer):
             _restore(layer)

@@ -12,6 +12,7 @@ from torch import nn
 from fastlora.config import LoraConfig, fresh_seed
 from fastlora.errors import ConfigError, DtypeError, ShapeError
 from fastlora.math import init, nf4
+from fastlora.nn import groups
 from fastlora.nn.adapters import check_name, checked_config
 from fastlora.nn.linear import LoraLinear, QLoraLinear, check_compute_dtype
 from fastlora.nn.quantized import QuantizedWeight
@@ -34,6 +35,7 @@ def convert(
     compute_dtype: torch.dtype | None = None,
     adapter_name: str = "default",
     progress: bool = True,
+    group: Any = False,
     **fields: Any,
 ) -> nn.Module:
     """Swap the model's linears in place for adapted ones and freeze the rest.
@@ -48,6 +50,8 @@ def convert(
         blocksize, double_quant, compute_dtype: the 4-bit format, as in `QLoraLinear`.
         adapter_name: of the adapter.
         progress: show a progress bar.
+        group: also let layers that read one input be computed together (`fastlora.group`, which calls the model once):
+            True, or an example of its input as a tensor, tuple or dict.
 
     Returns:
         The same model.
@@ -67,6 +71,7 @@ def convert(
         put(model, name, layer)
         del linear
     finish(model, plan.config)
+    groups.group_if_asked(model, group)
     return model
 
 

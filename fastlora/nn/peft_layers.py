@@ -10,6 +10,7 @@ Importing this module imports peft; `nn.accelerate` does so when it is used.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ from fastlora.errors import FastloraError
 from fastlora.io import bnb
 from fastlora.math import nf4
 from fastlora.math.nf4 import PackedWeight
+from fastlora.nn.groups import SCOPE, grouped, projection_of
 from fastlora.ops.lora import dense_linear
+from fastlora.ops.member import Projection
 from fastlora.ops.qlora import packed_linear
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -198,6 +201,11 @@ class _Shared:
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
         note_ignored(self, adapter_name, config)
 
+    def projection(self, x: Tensor) -> Projection | None:
+        """The layer as a group of projections takes it; None where PEFT must compute it."""
+        found: Projection | None = (_packed_forward if self._four_bit else _dense_forward)(self, x, projection_of)
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop(ADOPTED, None)  # views of the base's bytes: a copy of the layer has bytes of its own
@@ -262,8 +270,8 @@ def foreign(base: nn.Module) -> str:
     return f"a {name} base has no fused path"
 
 
-def _dense_forward(layer: Any, x: Tensor) -> Tensor | None:
-    """y, or None where PEFT must make it."""
+def _dense_forward(layer: Any, x: Tensor, run: Callable[..., Any] = dense_linear) -> Any:
+    """y (what `run` makes of the operands), or None where PEFT must make it."""
     if why := why_left(layer) or why_not_dense(layer):
         _leave(layer, why)
         return None
@@ -276,7 +284,7 @@ def _dense_forward(layer: Any, x: Tensor) -> Tensor | None:
     if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
         _leave_input(layer, f"x was {x.dtype} and the base weight {weight.dtype}")
         return None
-    y = dense_linear(x, weight, *operands)
+    y = run(x, weight, *operands)
     if layer._fastlora_left:
         layer._fastlora_left = ""
     return y
@@ -287,7 +295,9 @@ class Linear(_Shared, peft_layer.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out], PEFT's function: y = x W^T + bias + scaling * drop(x) A^T B^T, or DoRA's."""
-        y = _dense_forward(self, x) if not (args or kwargs) else _by_row(self)
+        y = grouped(self, x, *args, **kwargs) if SCOPE in self.__dict__ else None
+        if y is None:
+            y = _dense_forward(self, x) if not (args or kwargs) else _by_row(self)
         return super().forward(x, *args, **kwargs) if y is None else y
 
 
@@ -382,8 +392,8 @@ def _wider(x: Tensor, compute: torch.dtype, adapter: torch.dtype) -> str:
     return f"x was {x.dtype}: PEFT computes the adapter in {seen}, the base in its compute_dtype {compute}"
 
 
-def _packed_forward(layer: Any, x: Tensor) -> Tensor | None:
-    """y, or None where PEFT must make it."""
+def _packed_forward(layer: Any, x: Tensor, run: Callable[..., Any] = packed_linear) -> Any:
+    """y (what `run` makes of the operands), or None where PEFT must make it."""
     if why := why_left(layer):
         if why is MERGED:
             layer.__dict__.pop(ADOPTED, None)  # the bytes it shares are no longer the base's
@@ -406,7 +416,7 @@ def _packed_forward(layer: Any, x: Tensor) -> Tensor | None:
     if why := _wider(x, compute, dtype):
         _leave_input(layer, why)
         return None
-    y = packed_linear(x, found.packed, *operands, found.on_grid, compute_dtype=compute)
+    y = run(x, found.packed, *operands, found.on_grid, compute_dtype=compute)
     if layer._fastlora_left:
         layer._fastlora_left = ""
     return y
@@ -438,7 +448,9 @@ if is_bnb_4bit_available():
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """x [..., in] -> [..., out] in the dtype of x, PEFT's function over the dequantized base."""
-            y = _packed_forward(self, x) if not (args or kwargs) else _by_row(self)
+            y = grouped(self, x, *args, **kwargs) if SCOPE in self.__dict__ else None
+            if y is None:
+                y = _packed_forward(self, x) if not (args or kwargs) else _by_row(self)
             if y is not None:
                 return y
             base = self._modules["base_layer"]

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora import settings
-from fastlora.errors import ConfigError
+from fastlora.errors import ConfigError, DtypeError
 from fastlora.nn.adapted import AdaptedLinear
+from fastlora.nn.groups import groups_of
+from fastlora.nn.memory import held
 from fastlora.nn.quantized import QuantizedWeight
 
 FUSED, LEFT = "fused", "PEFT"
@@ -26,6 +28,8 @@ class LayerReport(NamedTuple):
         path: "fused" (our kernels) or "PEFT" (PEFT's own forward).
         why: why it is left to PEFT, now or at its last call; "" where it is not.
         saved: bytes a token kept for the backward besides x; None where PEFT's forward runs.
+        group: names of the layers it is computed with (`fastlora.group`), itself among them; () for none.
+        held: bytes its forward has kept, measured; None unless an example was given.
     """
 
     name: str
@@ -33,6 +37,8 @@ class LayerReport(NamedTuple):
     path: str
     why: str
     saved: int | None
+    group: tuple[str, ...] = ()
+    held: int | None = None
 
 
 class Report(tuple[LayerReport, ...]):
@@ -40,9 +46,11 @@ class Report(tuple[LayerReport, ...]):
 
     Attributes:
         memory: whether the table shows the bytes saved for the backward.
+        rest: bytes kept outside the adapted layers, where it was measured.
     """
 
     memory: bool = False
+    rest: int | None = None
 
     @property
     def fused(self) -> list[str]:
@@ -55,15 +63,27 @@ class Report(tuple[LayerReport, ...]):
         return {row.name: row.why for row in self if row.path == LEFT}
 
     def __str__(self) -> str:
-        head = ("layer", "adapter", "runs", *(("saved/token",) if self.memory else ()), "why")
+        head = ("layer", "adapter", "runs", *(name for name, shown in self._optional() if shown), "why")
         lines = [head, *(self._cells(row) for row in self)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
         table = ["  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in lines]
-        return "\n".join([*table, f"{len(self.fused)} of {len(self)} layers fused"])
+        last = f"{len(self.fused)} of {len(self)} layers fused"
+        if self.rest is not None:
+            last += f"; {sum(row.held or 0 for row in self)} B held by them, {self.rest} B by the rest of the model"
+        return "\n".join([*table, last])
+
+    def _optional(self) -> tuple[tuple[str, bool], ...]:
+        return (
+            ("with", any(row.group for row in self)),
+            ("saved/token", self.memory),
+            ("held", self.rest is not None),
+        )
 
     def _cells(self, row: LayerReport) -> tuple[str, ...]:
-        saved = ("-" if row.saved is None else f"{row.saved} B",) if self.memory else ()
-        return (row.name or "(itself)", row.kind, row.path, *saved, row.why)
+        others = ", ".join(name.rpartition(".")[2] for name in row.group if name != row.name)
+        cells = (others or "-", "-" if row.saved is None else f"{row.saved} B", f"{row.held} B")
+        shown = (cell for cell, (_, wanted) in zip(cells, self._optional(), strict=True) if wanted)
+        return (row.name or "(itself)", row.kind, row.path, *shown, row.why)
 
 
 def saved_bytes(k: int, n: int, r: int, *, dropout: bool, dora: bool, dtype: torch.dtype) -> int:
@@ -72,27 +92,46 @@ def saved_bytes(k: int, n: int, r: int, *, dropout: bool, dora: bool, dtype: tor
     return 4 * r + mask + (n * dtype.itemsize if dora else 0)
 
 
-def report(model: nn.Module, memory: bool = False) -> Report:
-    """Each adapted layer of a model: on our kernels, or left to PEFT and why.
+def report(model: nn.Module, memory: Any = False) -> Report:
+    """Each adapted layer of a model: on our kernels and with which others, or left to PEFT and why.
 
     Args:
         model: with layers of `convert`, or of PEFT (accelerated or not).
-        memory: also show what a training step keeps for the backward, bytes a token.
+        memory: also show what a training step keeps for the backward. True: bytes a token besides x, from the layers'
+            sizes. An example of the model's input (a tensor, a tuple, or a dict of keywords) besides calls the model
+            with it, in its present mode, and measures the bytes kept by each layer, x among them unless somebody kept
+            it before; of layers computed together the first has all.
 
     Returns:
         A `Report`: a tuple of `LayerReport` that prints as a table.
 
     Raises:
-        ConfigError: no adapted layers.
+        ConfigError: no adapted layers. DtypeError: `memory` is none of these.
     """
+    if not isinstance(memory, (bool, Tensor, tuple, dict)):
+        raise DtypeError(f"memory must be True, False or an example input, got {type(memory).__name__}")
     rows = list(_own(model))
     if sys.modules.get("peft") is not None:  # a model of PEFT's has imported it
         rows += _of_peft(model)
     if not rows:
         raise ConfigError(f"{type(model).__name__} has no adapted layers, neither PEFT's nor fastlora's")
+    together = groups_of(model)
+    rows = [row._replace(group=together.get(row.name, ())) for row in rows]
+    rest = None
+    if not isinstance(memory, bool):
+        rows, rest = _measured(model, rows, memory)
     found = Report(rows)
-    found.memory = memory
+    found.memory, found.rest = memory is not False, rest
     return found
+
+
+def _measured(model: nn.Module, rows: list[LayerReport], example: Any) -> tuple[list[LayerReport], int]:
+    """The rows with the bytes their layers kept in a call of the model, and those kept elsewhere."""
+    args: tuple[Any, ...] = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
+    kwargs: dict[str, Any] = example if isinstance(example, dict) else {}
+    layers = {row.name: model.get_submodule(row.name) for row in rows}
+    found = held(model, layers, lambda: model(*args, **kwargs))
+    return [row._replace(held=found.layers[row.name]) for row in rows], found.rest
 
 
 def _own(model: nn.Module) -> Iterator[LayerReport]:
