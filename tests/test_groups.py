@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import ConfigError, DtypeError
-from fastlora.nn import groups
+from fastlora.nn import gated, groups
 from fastlora.nn.groups import groups_of
 from tests.accelerate_tools import quantized
 from tests.model_tools import llama, tokens
 
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
 def own(quantize: str | None = "nf4", **fields: Any) -> nn.Module:
@@ -152,11 +152,119 @@ def test_the_call_that_looks_leaves_nothing_behind():
 def test_asked_for_by_convert_and_accelerate(asked):
     model = llama()
     fastlora.convert(model, r=4, progress=False, group=asked)
-    assert len(groups_of(model)) == 10
+    assert len(groups_of(model)) == 12
     wrapped = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules="all-linear"))
-    assert len(groups_of(fastlora.accelerate(wrapped, group=asked))) == 10
+    assert len(groups_of(fastlora.accelerate(wrapped, group=asked))) == 12
     plain = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules="all-linear"))
     assert groups_of(fastlora.accelerate(plain)) == {}
+
+
+# --- gated MLPs -------------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """A gated MLP under other names; `shape` makes it something else."""
+
+    def __init__(self, act: nn.Module | None = None, shape: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        fields: dict[str, Any] = {"r": 2, "init_lora_weights": False}
+        make = fastlora.LoraLinear.from_linear
+        self.b, self.c, self.a = (make(nn.Linear(*size), **fields) for size in ((8, 6), (6, 8), (8, 6)))
+        self.f, self.shape = act or nn.SiLU(), shape
+        if shape == "parameter":
+            self.extra = nn.Parameter(torch.ones(8))
+        if shape == "two":
+            self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.f(self.a(x)) * self.b(x)
+        if self.shape == "dropout":
+            hidden = nn.functional.dropout(hidden, 0.5, self.training)
+        if self.shape == "negative":
+            hidden = hidden if bool((x > -1.5).all()) else -hidden
+        y = self.c(hidden)
+        return y + x if self.shape == "residual" else y
+
+
+ACTS = {
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("act", list(ACTS))
+def test_gated_mlps_are_found_by_what_they_compute(act):
+    model = Mlp(ACTS[act])
+    single = copy.deepcopy(model)
+    fastlora.group(model, torch.randn(5, 8))
+    assert isinstance(model, Mlp) and type(model).__name__ == "Mlp" and type(model) is not Mlp
+    assert model.__dict__[gated.GATED] == gated.Names("a", "b", "c", act)
+    x = torch.randn(4, 8, requires_grad=True)
+    got, want = model(x), single(x)
+    assert torch.equal(got, want)
+    for one, other in zip(_gradients([got], x, model), _gradients([want], x, single), strict=True):
+        assert torch.equal(one, other)
+    other = copy.deepcopy(model)
+    assert type(other) is type(model) and torch.equal(other(x), want)
+    fastlora.ungroup(model)
+    assert type(model) is Mlp and gated.GATED not in model.__dict__
+    assert type(other) is not Mlp
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(Mlp(shape=shape) for shape in ("parameter", "two", "dropout", "negative", "residual")),
+        Mlp(nn.Tanh()),
+        Mlp(nn.Softplus()),
+        Mlp(nn.PReLU()),
+    ],
+    ids=lambda model: model.shape or type(model.f).__name__,
+)
+def test_what_is_no_gated_mlp_is_grouped_only(model):
+    single = copy.deepcopy(model)
+    fastlora.group(model, torch.randn(5, 8))
+    assert type(model) is Mlp and gated.GATED not in model.__dict__ and groups_of(model)
+    assert model.training and all(module.training for module in model.modules())
+    x = torch.randn(4, 8)
+    torch.manual_seed(1)
+    got = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(got, single(x))
+
+
+def test_a_gated_mlp_whose_layers_cannot_join_runs_its_own_forward(computed):
+    model = fastlora.group(Mlp(), torch.randn(5, 8))
+    single = fastlora.ungroup(copy.deepcopy(model))
+    x = torch.randn(4, 8)
+    for change, joined in (
+        (lambda m: m.c.merge(), [2]),
+        (lambda m: m.a.merge(), []),
+        (lambda m: (m.a.unmerge(), m.c.unmerge()), [2]),
+        (lambda m: setattr(m, "seen", m.f.register_forward_hook(lambda *_: None)), [2]),
+    ):
+        change(model)
+        change(single)
+        computed.clear()
+        assert torch.equal(model(x), single(x))
+        assert computed == joined
+    called = []
+    model.c.register_forward_hook(lambda *_: called.append(1))
+    model(x)
+    assert called == [1]
+
+
+def test_another_class_on_top_is_said():
+    model = fastlora.group(Mlp(), torch.randn(5, 8))
+    fused = type(model)
+    model.__class__ = type("Other", (fused,), {})
+    with pytest.raises(ConfigError, match="derived from a grouped module"):
+        fastlora.ungroup(model)
+    model.__class__ = fused
+    assert type(fastlora.ungroup(model)) is Mlp
 
 
 # --- single layers in other company -----------------------------------------------------------------------------------
@@ -471,7 +579,17 @@ def test_measured_memory(grouping):
     assert qkv == x + 3 * (h + mask) + (seed if grouping else 3 * seed)
     if grouping:
         assert held["self_attn.k_proj"] == held["self_attn.v_proj"] == 0
-    assert held["mlp.down_proj"] == 4 * m * 64 + h + m * 8 + seed
+    mlp = held["mlp.gate_proj"] + held["mlp.up_proj"] + held["mlp.down_proj"]
+    wide = 4 * m * 64
+    seeds = 2 if grouping else 3
+    # Its x is nobody else's either. Fused it keeps what gate and up made, and not the product; otherwise they are the
+    # activation's and the multiplication's to keep.
+    assert mlp == x + 3 * h + 2 * mask + m * 8 + seeds * seed + (2 * wide if grouping else wide)
+    if grouping:
+        plain = fastlora.report(fastlora.ungroup(model), memory=example)
+        whole = [sum(row.held for row in each) + each.rest for each in (plain, report)]
+        # In each of two layers: act(gate), the product, and the seeds of k, v and up.
+        assert whole[0] - whole[1] == 2 * (2 * wide + 3 * seed)
     assert report.rest > 0 and "B by the rest of the model" in str(report) and "held" in str(report)
     assert fastlora.report(model, memory=True)[0].held is None
     assert not any(module._forward_hooks for module in model.modules() if groups.STATE not in module.__dict__)

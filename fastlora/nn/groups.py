@@ -12,14 +12,16 @@ has them too, and `ungroup` takes them away.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.errors import ConfigError, DtypeError
+from fastlora.nn import gated
 from fastlora.nn.adapted import AdaptedLinear
+from fastlora.nn.gated import GATED
 from fastlora.nn.memory import Enter
 from fastlora.nn.quantized import QuantizedWeight
 from fastlora.ops import member as members
@@ -66,7 +68,7 @@ class _Round:
         if self.failed or _context() != self.context:
             return None
         if self.x is None:
-            ys = self._compute(x)
+            ys = compute(self.layers, x)
             self.failed = ys is None
             if ys is None:
                 return None
@@ -76,19 +78,26 @@ class _Round:
             return None
         return self.left.pop(id(layer), None)
 
-    def _compute(self, x: Any) -> tuple[Tensor, ...] | None:
-        if type(x) is not Tensor or x.is_inference() or any(_prepared(layer) for layer in self.layers):
+
+def projections_of(layers: Sequence[Any], x: Any) -> list[Projection] | None:
+    """The layers as a group takes them for x; None where one of them cannot be in a group now."""
+    if type(x) is not Tensor or x.is_inference() or any(_prepared(layer) for layer in layers):
+        return None
+    found: list[Projection] = []
+    for layer in layers:
+        one = own_projection(layer, x) if isinstance(layer, AdaptedLinear) else layer.projection(x)
+        if one is None or not members.plain(*one.tensors):
             return None
-        found: list[Projection] = []
-        for layer in self.layers:
-            one = own_projection(layer, x) if isinstance(layer, AdaptedLinear) else layer.projection(x)
-            if one is None or not members.plain(*one.tensors):
-                return None
-            if any(t is not None and t.device != x.device for t in one.tensors):
-                return None
-            found.append(one)
-        dtypes = {one.compute_dtype for one in found}
-        return None if len(dtypes) > 1 or members.watched() else projections(x, found)
+        if any(t is not None and t.device != x.device for t in one.tensors):
+            return None
+        found.append(one)
+    return None if len({one.compute_dtype for one in found}) > 1 or members.watched() else found
+
+
+def compute(layers: Sequence[Any], x: Any) -> tuple[Tensor, ...] | None:
+    """Their outputs for x; None where they must run one by one."""
+    found = projections_of(layers, x)
+    return None if found is None else projections(x, found)
 
 
 class Scope:
@@ -100,7 +109,7 @@ class Scope:
         context, children = _context(), parent._modules
         for names in groups:
             layers: list[Any] = [children.get(name) for name in names]
-            if all(layer is not None and _groupable(layer) for layer in layers):
+            if all(layer is not None and groupable(layer) for layer in layers):
                 one = _Round(layers, context)
                 self.rounds |= {id(layer): one for layer in layers}
                 self.layers += layers
@@ -184,7 +193,8 @@ def own_projection(layer: AdaptedLinear, x: Tensor) -> Projection | None:
     )
 
 
-def _groupable(layer: nn.Module) -> bool:
+def groupable(layer: Any) -> bool:
+    """Whether it is an adapted layer of ours."""
     return isinstance(layer, AdaptedLinear) or hasattr(type(layer), "projection")
 
 
@@ -196,15 +206,17 @@ class _Watch:
 
     def __init__(self, parent: nn.Module) -> None:
         self.names = {id(child): name for name, child in parent._modules.items() if child is not None}
-        self.layers = [child for child in parent._modules.values() if child is not None and _groupable(child)]
+        self.layers = [child for child in parent._modules.values() if child is not None and groupable(child)]
         self.seen: list[tuple[str, Any, int]] = []
         self.found: list[set[tuple[str, ...]]] = []
+        self.example: Any = None  # what the parent was called with, if that is one thing
         self.handles = [layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self.layers]
-        self.handles.append(parent.register_forward_pre_hook(self._start))
+        self.handles.append(parent.register_forward_pre_hook(self._start, with_kwargs=True))
         self.handles.append(parent.register_forward_hook(self._end))
 
-    def _start(self, parent: nn.Module, args: Any) -> None:
+    def _start(self, parent: nn.Module, args: Any, kwargs: Any) -> None:
         self.seen = []
+        self.example = args[0].clone() if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
 
     def _note(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
@@ -220,10 +232,14 @@ class _Watch:
                 inputs.setdefault((id(x), version), []).append(name)
         self.found.append({tuple(names) for names in inputs.values() if len(names) > 1})
 
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The groups that every call has shown."""
+    def remove(self) -> None:
+        """Take the hooks away."""
         for handle in self.handles:
             handle.remove()
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The groups that every call has shown."""
+        self.remove()
         self.seen = []
         return tuple(sorted(set.intersection(*self.found))) if self.found else ()
 
@@ -231,8 +247,8 @@ class _Watch:
 def _parents(model: nn.Module) -> Iterator[nn.Module]:
     """Modules with two or more adapted layers of ours right below them."""
     for module in model.modules():
-        below = [child for child in module._modules.values() if child is not None and _groupable(child)]
-        if len(below) > 1 and not _groupable(module):
+        below = [child for child in module._modules.values() if child is not None and groupable(child)]
+        if len(below) > 1 and not groupable(module):
             yield module
 
 
@@ -250,10 +266,12 @@ def _example(model: nn.Module) -> dict[str, Tensor]:
 
 
 def group(model: Model, *args: Any, **kwargs: Any) -> Model:
-    """Let adapted layers that read one input be computed together: q, k and v; gate and up.
+    """Let adapted layers that read one input be computed together: q, k and v; gate and up, with the activation.
 
     For layers of `convert`, and for PEFT's that `accelerate` has taken in. Which layers read one tensor is found by
-    calling the model once, without gradients and with the random state put back; nothing about names is assumed.
+    calling the model once, without gradients and with the random state put back; nothing about names is assumed. A
+    module that turns out to be down(act(gate(x)) * up(x)), to the bit, also keeps neither act(gate(x)) nor the product
+    for the backward, which makes them again.
     Outputs and gradients are those of the single layers, but that dx is added in one buffer, and that a group draws one
     dropout seed: a seeded run with dropout has other masks. Whatever a layer cannot do in a group (merged or disabled
     adapters, several of them, weights that a hook prepares, torch.compile) it does by itself. Calling it again finds
@@ -282,11 +300,14 @@ def group(model: Model, *args: Any, **kwargs: Any) -> Model:
         found = [watch.groups() for watch in watches]
     if not any(found):
         raise ConfigError(f"no two adapted layers of {type(model).__name__} read one tensor in that call")
-    for parent, groups in zip(parents, found, strict=True):
+    for parent, watch, groups in zip(parents, watches, found, strict=True):
         if groups:
+            names = gated.find(parent, [watch.names[id(layer)] for layer in watch.layers], watch.example)
             parent.register_forward_pre_hook(_open)
             parent.register_forward_hook(_close, always_call=True)
             parent.__dict__[STATE] = groups
+            if names is not None and set(names[:2]) in map(set, groups):
+                gated.fuse(parent, names)
     return model
 
 
@@ -313,8 +334,12 @@ def ungroup(model: Model) -> Model:
 
     Returns:
         The same model.
+
+    Raises:
+        ConfigError: a module has been given another class since.
     """
     for parent in model.modules():
+        gated.restore(parent)
         if parent.__dict__.pop(STATE, None) is None:
             continue
         for hooks, own in ((parent._forward_pre_hooks, _open), (parent._forward_hooks, _close)):
@@ -328,7 +353,10 @@ def groups_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Full name of each layer that is in a group -> full names of the group's layers."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
+        mlp = module.__dict__.get(GATED)
         for names in module.__dict__.get(STATE, ()):
+            if mlp is not None and set(names) == set(mlp[:2]):
+                names = (*names, mlp.down)
             full = tuple(f"{name}.{own}" if name else own for own in names)
             found |= dict.fromkeys(full, full)
     return found

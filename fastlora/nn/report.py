@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlora import settings
 from fastlora.errors import ConfigError, DtypeError
 from fastlora.nn.adapted import AdaptedLinear
+from fastlora.nn.gated import GATED
 from fastlora.nn.groups import groups_of
 from fastlora.nn.memory import held
 from fastlora.nn.quantized import QuantizedWeight
@@ -130,8 +131,13 @@ def _measured(model: nn.Module, rows: list[LayerReport], example: Any) -> tuple[
     args: tuple[Any, ...] = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
     kwargs: dict[str, Any] = example if isinstance(example, dict) else {}
     layers = {row.name: model.get_submodule(row.name) for row in rows}
+    for row in rows:  # the layers of a gated MLP are not called: the first stands for all
+        parent = model.get_submodule(row.name.rpartition(".")[0])
+        if row.group and GATED in parent.__dict__ and row.name in row.group:
+            del layers[row.name]
+            layers[row.group[0]] = parent
     found = held(model, layers, lambda: model(*args, **kwargs))
-    return [row._replace(held=found.layers[row.name]) for row in rows], found.rest
+    return [row._replace(held=found.layers.get(row.name, 0)) for row in rows], found.rest
 
 
 def _own(model: nn.Module) -> Iterator[LayerReport]:

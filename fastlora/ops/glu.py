@@ -112,7 +112,7 @@ def _check(gate: Tensor, up: Tensor, act: str) -> None:
         raise DtypeError(f"expected gate and up on one device, got {gate.device} and {up.device}")
 
 
-def _eager(gate: Tensor, up: Tensor, act: str) -> Tensor:
+def eager(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """The same by PyTorch's operations, for whatever looks on."""
     if act == "silu":
         return torch.nn.functional.silu(gate) * up
@@ -138,7 +138,7 @@ def glu(gate: Tensor, up: Tensor, act: str = "silu", *, backend: str | None = No
     """
     _check(gate, up, act)
     if watched() or not plain(gate, up):
-        return _eager(gate, up, act)
+        return eager(gate, up, act)
     flat = _flat(gate), _flat(up)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         y: Tensor = Gated.apply(*flat, act, backend or "")
@@ -174,7 +174,7 @@ def glu_linear(
     dtype = compute_dtype(gate, [projection])
     drop = as_seed(seed, gate.device) if projection.dropout_p else None
     if watched() or not plain(gate, up, *projection.tensors) or dtype != gate.dtype:
-        return alone(_eager(gate, up, act), projection, drop, backend)
+        return alone(eager(gate, up, act), projection, drop, backend)
     flat = _flat(gate), _flat(up)
     train = projection.trains(gate) or (torch.is_grad_enabled() and up.requires_grad)
     member = ready(flat[0], projection, drop, backend, train=train, lazy_h=True)
