@@ -70,7 +70,7 @@ def adapted(model: nn.Module, kind: str) -> Any:
         return peft.get_peft_model(base, config)
 
 
-def compare(model: nn.Module, batches: list[Batch], kind: str) -> dict[str, Any]:
+def compare(model: nn.Module, batches: list[Batch], kind: str, group: bool = False) -> dict[str, Any]:
     """The four runs of one kind, and the verdict.
 
     Raises:
@@ -82,7 +82,7 @@ def compare(model: nn.Module, batches: list[Batch], kind: str) -> dict[str, Any]
         moved = runs.with_our_masks(adapted(model, kind))
         with runs.nudged(moved):
             nudge = runs.losses(moved, batches, loss_of, RATE)
-        ours = fastlora.accelerate(adapted(model, kind), strict=True)
+        ours = fastlora.accelerate(adapted(model, kind), strict=True, group=batches[0].ids if group else False)
         got = runs.losses(ours, batches, loss_of, RATE)
         report = fastlora.report(ours)
     if report.left:
@@ -96,6 +96,7 @@ def compare(model: nn.Module, batches: list[Batch], kind: str) -> dict[str, Any]
         "kind": kind,
         "steps": len(batches),
         "layers_fused": len(report.fused),
+        "layers_grouped": sum(bool(row.group) for row in report),
         "ok": all(difference <= most for difference, most in zip(found, allowed, strict=True)),
         "largest_difference": max(found),
         "largest_allowed": allowed[-1],
@@ -108,13 +109,13 @@ def compare(model: nn.Module, batches: list[Batch], kind: str) -> dict[str, Any]
     }
 
 
-def measure(kinds: Sequence[str], steps: int, tiny: bool) -> dict[str, Any]:
+def measure(kinds: Sequence[str], steps: int, tiny: bool, group: bool = False) -> dict[str, Any]:
     """Everything, as JSON types; says on stderr how far it is."""
     started = time.perf_counter()
     model, batches = _tiny() if tiny else _real(TOKENS)
     results = []
     for kind in kinds:
-        results.append(compare(model, [batches[step % len(batches)] for step in range(steps)], kind))
+        results.append(compare(model, [batches[step % len(batches)] for step in range(steps)], kind, group))
         print(f"{kind}: {results[-1]['seconds']} s", file=sys.stderr, flush=True)
     return {
         "schema": SCHEMA,
@@ -195,14 +196,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--png", type=Path, default=RESULTS / "adoption.png")
     parser.add_argument("--steps", type=int, default=50, help="of each run")
     parser.add_argument("--kinds", choices=tuple(KINDS), nargs="+", default=tuple(KINDS))
+    parser.add_argument("--group", action="store_true", help="group layers; only without dropout, whose masks differ")
     parser.add_argument("--tiny", action="store_true", help="a made-up small model; needs --json and --png")
     chosen = parser.parse_args(arguments)
     if chosen.steps < 1:
         parser.error("--steps must be at least 1")
     if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
         parser.error("--tiny is no measurement: say with --json and --png where its files go")
+    kinds = tuple(dict.fromkeys(chosen.kinds))
+    if chosen.group:
+        kinds = tuple(kind for kind in kinds if "dropout" not in kind)
+        if not kinds or (RESULTS / "adoption.json").resolve() == chosen.json.resolve():
+            parser.error("--group takes kinds without dropout, and --json and --png of its own")
     try:
-        report = measure(tuple(dict.fromkeys(chosen.kinds)), chosen.steps, chosen.tiny)
+        report = measure(kinds, chosen.steps, chosen.tiny, chosen.group)
     except (fastlora.FastloraError, RuntimeError) as error:
         print(f"adoption: {error}", file=sys.stderr)
         return 1

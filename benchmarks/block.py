@@ -1,0 +1,374 @@
+"""Whole training steps with grouped layers beside PEFT + bitsandbytes and the frozen dense model; memory; launches.
+
+    python -m benchmarks.block [--json FILE] [--png FILE] [--threads N] [--models ...] [--shapes ...] [--settings ...]
+
+SmolLM2-135M with its weights, and two layers of TinyLlama-1.1B's shape with random ones; 8 x 64 and 1 x 512 tokens, a
+loss on every token; NF4 with nested scales, rank 16 on every linear but the head. Contenders take turns on the same
+batch, the order rotating by one; reported are medians and the median of the rounds' ratios. Before any time comes
+parity: the loss of one batch without dropout, and in fp32 the adapters' gradients. A step is forward, backward,
+clipping and AdamW; the frozen model (dense, unquantized, nothing trains) goes forward and backward to its embeddings.
+
+In bf16 one loss says little: these models, with random B, amplify rounding. So their own sensitivity is measured: the
+fp32 loss again with every adapted output moved at random to one of its two bf16 neighbours, three times. Both
+libraries' bf16 losses must be within `FACTOR` times the largest such move of the fp32 loss (or `LEAST`, which three
+moves may undercut by luck); adoption's rule, with bf16's unit in place of fp32's.
+
+Adapter-related memory is what a forward keeps beyond what the frozen model's keeps (each storage once, without
+parameters). It is below zero where a gated MLP keeps neither activation nor product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastlora
+from benchmarks import step_beside_peft as steps
+from benchmarks.cpu_report import RESULTS, ROOT, describe
+from benchmarks.step_beside_peft import FLOOR, OURS, PEFT, Batch
+from fastlora.nn.memory import held
+
+SCHEMA = 1
+RANK, ALPHA = 16, 32
+SHAPES = {"8x64": (8, 64), "1x512": (1, 512)}
+# name -> (compute dtype, DoRA, PEFT's time over ours that is the goal)
+SETTINGS = {"fp32": ("fp32", False, 1.15), "fp32 DoRA": ("fp32", True, 2.0), "bf16": ("bf16", False, 3.0)}
+FACTOR, LEAST, MEMORY_GOAL = 3.0, 0.02, 0.3
+MODELS = ("smollm2", "tinyllama")
+
+
+# --- models and text --------------------------------------------------------------------------------------------------
+
+
+def tinyllama(tiny: bool) -> nn.Module:
+    """Two layers of TinyLlama-1.1B's widths (`tiny`: of much smaller ones), random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+    if tiny:
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=96 if tiny else 32000, num_hidden_layers=2, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+def load(name: str, tiny: bool) -> tuple[nn.Module, Tensor]:
+    """A model, and a line of token ids to cut batches from."""
+    if name == "smollm2" and not tiny:
+        model, batches = steps._real(512)
+        return model, torch.cat([batch.ids[batch.mask.bool()] for batch in batches])
+    model = tinyllama(tiny)
+    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    return model, torch.randint(0, vocabulary, (4096,), generator=torch.Generator().manual_seed(1))
+
+
+def cut(ids: Tensor, shape: tuple[int, int], count: int) -> list[Batch]:
+    """Batches of a shape, one after the other, round and round."""
+    rows, length = shape
+    need = rows * length
+    found = []
+    for number in range(count):
+        start = number * need % max(1, len(ids) - need)
+        own = ids[start : start + need].reshape(rows, length)
+        found.append(Batch(own, torch.ones_like(own), own.clone()))
+    return found
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+
+def build(model: nn.Module, compute: torch.dtype, dora: bool, example: Tensor) -> nn.Module:
+    """The model converted and grouped; B is random, so that the adapter counts from the first step."""
+    config = fastlora.LoraConfig(r=RANK, lora_alpha=ALPHA, use_dora=dora, init_seed=0)
+    fastlora.convert(model.to(compute), config, quantize="nf4", double_quant=True, progress=False)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01, generator=generator)
+    fastlora.group(model, example)
+    return model
+
+
+def sensitivity(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    """The fp32 loss of a model, and how far it goes when adapted outputs are rounded up or down to bf16 at random."""
+    plain = _loss(model, batch, torch.float32)
+    generator = torch.Generator().manual_seed(3)
+
+    def move(layer: nn.Module, args: Any, y: Tensor) -> Tensor:
+        near = y.bfloat16()
+        side = torch.where(y > near, torch.inf, -torch.inf).to(torch.bfloat16)
+        other = torch.nextafter(near, side)
+        return torch.where(torch.rand(y.shape, generator=generator) < 0.5, near, other).to(y.dtype)
+
+    layers = [module for module in model.modules() if isinstance(module, fastlora.QLoraLinear)]
+    handles = [layer.register_forward_hook(move) for layer in layers]
+    moved = [abs(_loss(model, batch, torch.float32) - plain) for _ in range(3)]
+    for handle in handles:
+        handle.remove()
+    return plain, max(moved)
+
+
+def _loss(model: nn.Module, batch: Batch, compute: torch.dtype) -> float:
+    with torch.no_grad(), steps._autocast(compute):
+        return steps.loss_of(model, batch).item()
+
+
+def parity(ours: nn.Module, peft: nn.Module, batch: Batch, compute: torch.dtype, fp32: Any) -> dict[str, Any]:
+    """Losses, in fp32 also gradients, and what they were held to.
+
+    Raises:
+        RuntimeError: too far apart.
+    """
+    if compute == torch.float32:
+        return _fp32_parity(ours, peft, batch)
+    (want, moved), losses = fp32, [_loss(model.train(), batch, compute) for model in (ours, peft)]
+    allowed = max(LEAST, FACTOR * moved)
+    if not all(abs(loss - want) <= allowed for loss in losses):
+        raise RuntimeError(f"parity failed: fp32 loss {want:.4f}, bf16 {losses} (ours, PEFT), allowed {allowed:.4f}")
+    return {
+        "loss": losses[0],
+        "loss_peft": losses[1],
+        "loss_fp32": want,
+        "moved_by_rounding": moved,
+        "allowed": allowed,
+    }
+
+
+def _fp32_parity(ours: nn.Module, peft: nn.Module, batch: Batch) -> dict[str, Any]:
+    losses, grads = [], []
+    for model in (ours, peft):
+        loss, found = steps._gradients(model, batch, torch.float32)
+        losses.append(loss)
+        grads.append({name.replace("magnitude_vector", "magnitude"): grad for name, grad in found.items()})
+        model.train()
+    own, other = grads
+    if set(own) != set(other) or not own:
+        raise RuntimeError(f"{len(own)} of our parameters have gradients and {len(other)} of PEFT's, or other ones")
+    if not abs(losses[0] - losses[1]) <= steps.LOSS_BUDGET:
+        raise RuntimeError(f"parity failed: losses {losses} (ours, PEFT), budget {steps.LOSS_BUDGET}")
+    squares = [((own[name] - other[name]).square().sum(), other[name].square().sum()) for name in own]
+    apart = (sum(one for one, _ in squares) / sum(two for _, two in squares)) ** 0.5
+    facts = {"loss": losses[0], "loss_peft": losses[1], "allowed": steps.LOSS_BUDGET}
+    return facts | {"gradients_apart": float(apart)}
+
+
+def memory(contenders: dict[str, nn.Module], batch: Batch, compute: torch.dtype) -> dict[str, Any]:
+    """Bytes that a forward of each contender keeps, and what the adapters add to the frozen model's."""
+    found: dict[str, Any] = {}
+    for name, model in contenders.items():
+        inputs = {}
+        if name == FLOOR:
+            inputs["inputs_embeds"] = model.get_input_embeddings()(batch.ids).detach().requires_grad_()  # type: ignore[operator]
+
+        def run(model: nn.Module = model, inputs: dict[str, Tensor] = inputs) -> Tensor:
+            with steps._autocast(compute):
+                return steps.loss_of(model, batch, **inputs)
+
+        found[name] = held(model, {}, run).total
+    added = {name: found[name] - found[FLOOR] for name in (OURS, PEFT) if name in found}
+    found["adapters"] = added
+    found["ratio"] = added[OURS] / added[PEFT] if added.get(PEFT, 0) > 0 else None
+    return found
+
+
+def setting(
+    name: str, model: nn.Module, batches: list[Batch], fp32: Any, seconds: float, rounds: int
+) -> dict[str, Any]:
+    """One compute dtype and method on one model and shape."""
+    kind, dora, goal = SETTINGS[name]
+    compute = steps.COMPUTE[kind]
+    ours = build(copy.deepcopy(model), compute, dora, batches[0].ids)
+    floor = copy.deepcopy(model).to(compute)
+    contenders, reasons = {OURS: ours}, {}
+    found = None
+    try:
+        contenders[PEFT] = steps.build_peft(copy.deepcopy(model), ours, compute)
+    except steps.Missing as error:
+        reasons[PEFT] = str(error)
+    else:
+        found = parity(ours, contenders[PEFT], batches[0], compute, fp32)
+    trainers = {each: steps.trainer(own, compute) for each, own in contenders.items()}
+    trainers[FLOOR] = steps.frozen(floor, compute)
+    kept = memory(contenders | {FLOOR: floor}, batches[0], compute)
+    times = steps.take_turns(trainers, batches, rounds, seconds)
+
+    def over(other: str) -> float | None:
+        ratios = [theirs / mine for theirs, mine in zip(times.get(other, []), times[OURS], strict=False)]
+        return statistics.median(ratios) if ratios else None
+
+    report = fastlora.report(ours)
+    return {
+        "setting": name,
+        "seconds": {each: statistics.median(values) for each, values in times.items()},
+        "peft_over_fastlora": over(PEFT),
+        "goal": goal,
+        "fastlora_over_frozen": 1 / over(FLOOR),  # type: ignore[operator]
+        "rounds": len(times[OURS]),
+        "grouped": sum(bool(row.group) for row in report),
+        "layers": len(report),
+        "parity": found,
+        "memory": kept,
+        "reasons": reasons,
+        "samples": times,
+    }
+
+
+def launches() -> dict[str, Any]:
+    """`benchmarks.block_launches` in a process in which kernels are interpreted."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.block_launches"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode:
+        raise RuntimeError(f"benchmarks.block_launches failed: {done.stderr.strip().splitlines()[-1:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Everything, as JSON types; says on stderr how far it is."""
+    torch.set_num_threads(chosen.threads)
+    started, results = time.perf_counter(), []
+    share = chosen.budget / (len(chosen.models) * len(chosen.shapes) * len(chosen.settings))
+    for name in chosen.models:
+        model, ids = load(name, chosen.tiny)
+        for shape in chosen.shapes:
+            batches = cut(ids, (2, 8) if chosen.tiny else SHAPES[shape], chosen.rounds + 1)
+            fp32 = None
+            if "bf16" in chosen.settings:
+                judge = build(copy.deepcopy(model), torch.float32, False, batches[0].ids).train()
+                fp32 = sensitivity(judge, batches[0])
+                del judge
+            for each in chosen.settings:
+                entry = setting(each, model, batches, fp32, share, chosen.rounds)
+                results.append({"model": name, "shape": shape} | entry)
+                print(f"{name} {shape} {each}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return {
+        "schema": SCHEMA,
+        "mode": "tiny" if chosen.tiny else "cpu",
+        "threads": chosen.threads,
+        "adapter": {"r": RANK, "lora_alpha": ALPHA},
+        "launches": None if chosen.tiny else launches(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": describe(),
+        "results": results,
+    }
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The short form, for the terminal."""
+    head = ("", "ours s", "peft s", "frozen s", "peft/ours", "goal", "ours/frozen", "adapters' MB", "PEFT's", "ratio")
+    lines = [f"{head[0]:<28}" + "".join(f"{cell:>13}" for cell in head[1:])]
+    for entry in report["results"]:
+        seconds, added = entry["seconds"], entry["memory"]["adapters"]
+        cells = [_number(seconds.get(name)) for name in (OURS, PEFT, FLOOR)]
+        cells += [_number(entry[name]) for name in ("peft_over_fastlora", "goal", "fastlora_over_frozen")]
+        cells += [_number(None if name not in added else added[name] / 1e6, ".1f") for name in (OURS, PEFT)]
+        cells.append(_number(entry["memory"]["ratio"]))
+        name = f"{entry['model']} {entry['shape']} {entry['setting']}"
+        lines.append(f"{name:<28}" + "".join(f"{cell:>13}" for cell in cells))
+        if entry["parity"]:
+            lines.append("  " + ", ".join(f"{key} {_number(value, '.3g')}" for key, value in entry["parity"].items()))
+        lines += [f"  no {other}: {why}" for other, why in entry["reasons"].items()]
+    if report["launches"]:
+        budget = report["launches"]["budget"]
+        for name, ways in report["launches"]["settings"].items():
+            both = " + ".join(str(ways[way]["kernels"]) for way in ("forward", "backward"))
+            lines.append(f"kernels of a layer, {name}: {both}")
+        lines.append(f"budget for QLoRA: {budget['forward']} + {budget['backward']}")
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any], path: Path) -> bool:
+    """Seconds a step and the adapters' memory as bars; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    results = report["results"]
+    figure = Figure(figsize=(12, 6.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    looks = ((PEFT, "PEFT + bitsandbytes", "#9db4c8"), (OURS, "fastlora, grouped", "#2e7d32"))
+    above, below = figure.subplots(2, 1, sharex=True)
+    for place, (name, label, colour) in enumerate((*looks, (FLOOR, "frozen dense model", "#d7d7d7"))):
+        spots = [group + 0.27 * (place - 1) for group in range(len(results))]
+        values = [entry["seconds"].get(name, 0.0) for entry in results]
+        bars = above.bar(spots, values, 0.25, color=colour, label=label)
+        above.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
+        if name != FLOOR:
+            values = [entry["memory"]["adapters"].get(name, 0) / 1e6 for entry in results]
+            bars = below.bar(spots, values, 0.25, color=colour, label=label)
+            below.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=7, padding=2)
+    below.set_xticks(range(len(results)), [f"{e['model']}\n{e['shape']}\n{e['setting']}" for e in results], fontsize=8)
+    above.set_ylabel("seconds a step")
+    below.set_ylabel("kept for the backward beyond\nthe frozen model's, MB")
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(y=0.14)
+    above.legend(frameon=False, fontsize=9)
+    tiny = "TINY MODELS, not a measurement: " if report["mode"] == "tiny" else ""
+    above.set_title(
+        f"{tiny}one training step, NF4, rank {RANK}; {report['environment']['cpu']}, {report['threads']} thread(s)",
+        fontsize=10,
+        loc="left",
+    )
+    figure.savefig(path)
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.block", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, default=RESULTS / "block.json")
+    parser.add_argument("--png", type=Path, default=RESULTS / "block.png")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5, help="of each setting, at most; three at least")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds for all rounds")
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=MODELS)
+    parser.add_argument("--shapes", choices=tuple(SHAPES), nargs="+", default=tuple(SHAPES))
+    parser.add_argument("--settings", choices=tuple(SETTINGS), nargs="+", default=tuple(SETTINGS))
+    parser.add_argument("--tiny", action="store_true", help="made-up small models; needs --json and --png")
+    chosen = parser.parse_args(arguments)
+    if chosen.threads < 1 or chosen.rounds < 1:
+        parser.error("--threads and --rounds must be at least 1")
+    if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
+        parser.error("--tiny is no measurement: say with --json and --png where its files go")
+    try:
+        report = measure(chosen)
+    except (fastlora.FastloraError, RuntimeError) as error:
+        print(f"block: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if not draw(report, chosen.png):
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
