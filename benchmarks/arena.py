@@ -23,6 +23,7 @@ from benchmarks.suites import Row, Suite, suites
 CPU = torch.device("cpu")
 # From this many tokens on the arithmetic dominates and where the weight comes from does not show.
 _COMPUTE_BOUND = 64
+_SAMPLE = 20.0  # ms: many times what waking threads and refilling caches after somebody else's turn takes
 _LONG = 1e9  # multiplications: parity has warmed such a call up, and one of it is enough for the clock
 
 
@@ -189,4 +190,4 @@ def _calls(case: Case, inputs: Inputs, entries: list[Entry]) -> Iterator[tuple[E
         if case.m * case.n * case.k >= _LONG:
             yield entry, lambda call=call, copies=copies: timing.loop(call, copies)
         else:
-            yield entry, lambda call=call, copies=copies: timing.lengthen(call, copies, CPU, 2.0)
+            yield entry, lambda call=call, copies=copies: timing.lengthen(call, copies, CPU, _SAMPLE)
