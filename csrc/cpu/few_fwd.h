@@ -458,8 +458,11 @@ struct FewForward {
                 for (int64_t i = j + max64(some, 0); i < min64(rank, j + DECODE_ROWS); ++i) scaled_h[t * rank + i] = 0;
         }
         team_barrier(args);
-        for (int64_t i; (i = next_piece(counter + 2) * FEATURES_FEW) < args.n;)
-            rows(i, min64(FEATURES_FEW, args.n - i));
+        // Long stretches of the weight to each thread, as the hardware foresees them, and several a thread to share out.
+        const int64_t pieces = ceil_div(args.n, FEATURES_FEW), stretch = max64(1, min64(16, pieces / (6 * args.threads)));
+        for (int64_t i; (i = next_piece(counter + 2) * stretch) < pieces;)
+            for (int64_t j = i; j < min64(pieces, i + stretch); ++j)
+                rows(j * FEATURES_FEW, min64(FEATURES_FEW, args.n - j * FEATURES_FEW));
     }
 };
 
