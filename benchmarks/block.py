@@ -7,10 +7,11 @@ loss on every token; NF4 with nested scales, rank 16 on every linear but the hea
 batch, the order rotating by one; reported are medians and the median of the rounds' ratios. Before any time comes
 parity: the loss of one batch without dropout, and in fp32 the adapters' gradients. A step is forward, backward,
 clipping and AdamW; the frozen model (dense, unquantized, nothing trains) goes forward and backward to its embeddings.
+The forward that measures memory is everybody's warm-up; `--warm` adds rounds.
 
 In bf16 one loss says little: these models, with random B, amplify rounding. So their own sensitivity is measured: the
-fp32 loss again with every adapted output moved at random to one of its two bf16 neighbours, three times. Both
-libraries' bf16 losses must be within `FACTOR` times the largest such move of the fp32 loss (or `LEAST`, which three
+fp32 loss again with every adapted output moved at random to one of its two bf16 neighbours, twice. Both
+libraries' bf16 losses must be within `FACTOR` times the larger of these moves of the fp32 loss (or `LEAST`, which two
 moves may undercut by luck); adoption's rule, with bf16's unit in place of fp32's.
 
 Adapter-related memory is what a forward keeps beyond what the frozen model's keeps (each storage once, without
@@ -97,7 +98,7 @@ def build(model: nn.Module, compute: torch.dtype, dora: bool, example: Tensor) -
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.01, generator=generator)
-    fastlora.group(model, example)
+    fastlora.group(model, example[:1, :8])
     return model
 
 
@@ -114,7 +115,7 @@ def sensitivity(model: nn.Module, batch: Batch) -> tuple[float, float]:
 
     layers = [module for module in model.modules() if isinstance(module, fastlora.QLoraLinear)]
     handles = [layer.register_forward_hook(move) for layer in layers]
-    moved = [abs(_loss(model, batch, torch.float32) - plain) for _ in range(3)]
+    moved = [abs(_loss(model, batch, torch.float32) - plain) for _ in range(2)]
     for handle in handles:
         handle.remove()
     return plain, max(moved)
@@ -183,8 +184,21 @@ def memory(contenders: dict[str, nn.Module], batch: Batch, compute: torch.dtype)
     return found
 
 
+def take_turns(trainers: dict[str, Any], batches: list[Batch], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each contender's steps, in turns on the same batches; the order rotates by one each round."""
+    names, times = list(trainers), {name: [] for name in trainers}
+    for turn in range(-options.warm, options.rounds):
+        for name in names:
+            before = time.perf_counter()
+            trainers[name](batches[turn % len(batches)])
+            if turn >= 0:
+                times[name].append(time.perf_counter() - before)
+        names.append(names.pop(0))
+    return times
+
+
 def setting(
-    name: str, model: nn.Module, batches: list[Batch], fp32: Any, seconds: float, rounds: int
+    name: str, model: nn.Module, batches: list[Batch], fp32: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One compute dtype and method on one model and shape."""
     kind, dora, goal = SETTINGS[name]
@@ -202,7 +216,7 @@ def setting(
     trainers = {each: steps.trainer(own, compute) for each, own in contenders.items()}
     trainers[FLOOR] = steps.frozen(floor, compute)
     kept = memory(contenders | {FLOOR: floor}, batches[0], compute)
-    times = steps.take_turns(trainers, batches, rounds, seconds)
+    times = take_turns(trainers, batches, options)
 
     def over(other: str) -> float | None:
         ratios = [theirs / mine for theirs, mine in zip(times.get(other, []), times[OURS], strict=False)]
@@ -245,7 +259,6 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """Everything, as JSON types; says on stderr how far it is."""
     torch.set_num_threads(chosen.threads)
     started, results = time.perf_counter(), []
-    share = chosen.budget / (len(chosen.models) * len(chosen.shapes) * len(chosen.settings))
     for name in chosen.models:
         model, ids = load(name, chosen.tiny)
         for shape in chosen.shapes:
@@ -256,7 +269,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
                 fp32 = sensitivity(judge, batches[0])
                 del judge
             for each in chosen.settings:
-                entry = setting(each, model, batches, fp32, share, chosen.rounds)
+                entry = setting(each, model, batches, fp32, chosen)
                 results.append({"model": name, "shape": shape} | entry)
                 print(f"{name} {shape} {each}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return {
@@ -347,15 +360,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS / "block.json")
     parser.add_argument("--png", type=Path, default=RESULTS / "block.png")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="of each setting, at most; three at least")
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds for all rounds")
+    parser.add_argument("--rounds", type=int, default=2, help="of each setting")
+    parser.add_argument("--warm", type=int, default=0, help="rounds before those")
     parser.add_argument("--models", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--shapes", choices=tuple(SHAPES), nargs="+", default=tuple(SHAPES))
     parser.add_argument("--settings", choices=tuple(SETTINGS), nargs="+", default=tuple(SETTINGS))
     parser.add_argument("--tiny", action="store_true", help="made-up small models; needs --json and --png")
     chosen = parser.parse_args(arguments)
-    if chosen.threads < 1 or chosen.rounds < 1:
-        parser.error("--threads and --rounds must be at least 1")
+    if chosen.threads < 1 or chosen.rounds < 1 or chosen.warm < 0:
+        parser.error("--threads and --rounds must be at least 1, --warm at least 0")
     if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
         parser.error("--tiny is no measurement: say with --json and --png where its files go")
     try:

@@ -38,7 +38,7 @@ def test_kernels_of_a_llama_layer_stay_within_their_budget():
 
 def test_tiny_run(tmp_path, capsys):
     paths = ["--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")]
-    asked = ["--tiny", "--models", "tinyllama", "--shapes", "8x64", "--rounds", "3", "--budget", "2"]
+    asked = ["--tiny", "--models", "tinyllama", "--shapes", "8x64", "--rounds", "3", "--warm", "1"]
     assert block.main([*asked, *paths]) == 0
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["mode"] == "tiny" and (tmp_path / "b.png").exists()
@@ -75,6 +75,7 @@ def test_parity_fails_where_the_models_differ():
     [
         (["--threads", "0"], "at least 1"),
         (["--rounds", "0"], "at least 1"),
+        (["--warm", "-1"], "at least 0"),
         (["--tiny"], "no measurement"),
         (["--models", "gpt"], "invalid choice: 'gpt'"),
         (["--shapes", "9x9"], "invalid choice"),

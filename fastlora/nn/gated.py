@@ -22,6 +22,7 @@ from fastlora.ops.glu import eager, glu, glu_linear
 from fastlora.ops.member import watched
 
 GATED = "_fastlora_gated"  # attribute of a module
+_TOKENS = 8  # rows a module is tried with
 
 
 class Names(NamedTuple):
@@ -103,6 +104,8 @@ def find(parent: nn.Module, layers: Sequence[str], x: Any) -> Names | None:
         return None
     orders = itertools.permutations(layers)
     left = [Names(gate, up, down, act) for gate, up, down in orders for act in NAMES]
+    x = x.narrow(-2, 0, min(x.shape[-2], _TOKENS)) if x.dim() > 1 else x  # enough to tell, whatever was called
+    x = x[:1] if x.dim() > 2 else x
     modes = {module: module.training for module in parent.modules()}
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(x.shape, generator=generator).to(x)
@@ -113,19 +116,24 @@ def find(parent: nn.Module, layers: Sequence[str], x: Any) -> Names | None:
                 for module in (parent, *others):
                     module.training = training  # of the layers alone dropout is switched off
                 y = parent(given)
-                left = [names for names in left if _is(parent, names, given, y)]
+                made: dict[str, Tensor] = {}
+                left = [names for names in left if _is(parent, names, given, y, made)]
     finally:
         for module, mode in modes.items():
             module.training = mode
     return left[0] if left else None
 
 
-def _is(parent: Any, names: Names, x: Tensor, y: Any) -> bool:
+def _is(parent: Any, names: Names, x: Tensor, y: Any, made: dict[str, Tensor]) -> bool:
+    """Whether y is the expression of x by these names; `made` keeps what layers give for x."""
     gate, up, down = (parent.get_submodule(name) for name in names[:3])
     sizes = [(layer.in_features, layer.out_features) for layer in (gate, up, down)]
     if sizes[0] != sizes[1] or sizes[0][0] != x.shape[-1] or sizes[2][0] != sizes[0][1]:
         return False
-    return isinstance(y, Tensor) and torch.equal(y, down(eager(gate(x), up(x), names.act)))
+    for name, layer in ((names.gate, gate), (names.up, up)):
+        if name not in made:
+            made[name] = layer(x)
+    return isinstance(y, Tensor) and torch.equal(y, down(eager(made[names.gate], made[names.up], names.act)))
 
 
 def fuse(parent: nn.Module, names: Names) -> None:
