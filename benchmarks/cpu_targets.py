@@ -275,8 +275,8 @@ def settle(lines: list[dict[str, Any]], cases: dict[str, Case], rates: dict[str,
         if case.op == "linear":
             rates[_kind(case)] = max(rates[_kind(case)], products(case) / (line["ms"][line["who"]] * 1e-3))
     for line, case in timed:
-        other = line["ms"][line["other"]] * 1e-3
-        least = least_seconds(case, rates)
+        own, other = (line["ms"][line[name]] * 1e-3 for name in ("who", "other"))
+        least = min(own, least_seconds(case, rates))  # what was reached can be reached
         line["bound"] = least / other if line["most"] is not None else other / least
 
 
