@@ -252,14 +252,18 @@ def host_time(found: dict[str, Any]) -> str:
             line["layer"],
             line["mode"],
             line["microseconds"],
-            line["over_linear"],
+            line["base"],
+            line["over_base"],
             None if line["target"] is None else f"≤ {line['target']:g}",
             yes_no(line["met"]),
         ]
         for line in found["results"]
     ]
-    lead = f"One {size['in']} × {size['out']} layer, {size['tokens']} token, {size['dtype']}; microseconds a call."
-    head = ["layer", "mode", "a call", "over `nn.Linear`", "target", "met"]
+    lead = (
+        f"One {size['in']} × {size['out']} layer, {size['tokens']} token, {size['dtype']}; microseconds a call, and what "
+        "of them comes on top of the bare base: `nn.Linear`, or bitsandbytes' `Linear4bit`."
+    )
+    head = ["layer", "mode", "a call", "base", "over it", "target", "met"]
     return lead + "\n\n" + folded(f"{len(rows)} layers", table(head, rows))
 
 
