@@ -260,8 +260,8 @@ def host_time(found: dict[str, Any]) -> str:
         for line in found["results"]
     ]
     lead = (
-        f"One {size['in']} × {size['out']} layer, {size['tokens']} token, {size['dtype']}; microseconds a call, and what "
-        "of them comes on top of the bare base: `nn.Linear`, or bitsandbytes' `Linear4bit`."
+        f"One {size['in']} × {size['out']} layer, {size['tokens']} token, {size['dtype']}; microseconds a call, and "
+        "what of them comes on top of the bare base: `nn.Linear`, or bitsandbytes' `Linear4bit`."
     )
     head = ["layer", "mode", "a call", "base", "over it", "target", "met"]
     return lead + "\n\n" + folded(f"{len(rows)} layers", table(head, rows))
