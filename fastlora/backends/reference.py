@@ -290,12 +290,17 @@ def glu_fwd(problem: Problem, gate: Tensor, up: Tensor, act: str) -> Tensor:
 def glu_bwd(
     problem: Problem, d: Tensor, gate: Tensor, up: Tensor, act: str, need_product: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dgate, dup and, where asked for, the product again; what autograd of `glu_fwd` computes."""
+    """dgate, dup and, where asked for, the product again; what autograd of `glu_fwd` computes.
+
+    With the product d is given away: dup takes its place, because fresh memory costs more here than what is computed.
+    """
     through = d * up
-    dgate = KNOWN[act].backward(through, gate, torch.empty_like(gate))
-    acted = KNOWN[act].forward(gate, through)
-    dup = acted * d
-    return dgate, dup, acted.mul_(up) if need_product else None
+    dgate = KNOWN[act].backward(through, gate, through)
+    acted = KNOWN[act].forward(gate, torch.empty_like(gate))
+    if not need_product:
+        return dgate, acted.mul_(d), None
+    dup = torch.mul(acted, d, out=d)
+    return dgate, dup, acted.mul_(up)
 
 
 def dora_norm(problem: Problem, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
