@@ -314,7 +314,13 @@ def test_layers_called_in_other_ways_are_right(computed):
             first = one(x)
         return [first, two(x), three(x)]
 
+    def other_precision(one, two, three, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            first = one(x)
+        return [first, two(x), three(x)]
+
     ways = {
+        "other precision": other_precision,
         "alone": lambda one, two, three, x: [two(x)],
         "out of order": lambda one, two, three, x: [three(x), one(x), two(x)],
         "another x": lambda one, two, three, x: [one(x), two(other), three(x)],

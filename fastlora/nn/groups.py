@@ -60,6 +60,7 @@ class _Round:
         self.layers, self.context = layers, context
         self.x: Tensor | None = None
         self.version = 0
+        self.autocast: torch.dtype | None = None
         self.left: dict[int, Tensor] = {}  # outputs not taken yet, by layer
         self.failed = False
 
@@ -72,9 +73,9 @@ class _Round:
             self.failed = ys is None
             if ys is None:
                 return None
-            self.x, self.version = x, _version(x)
+            self.x, self.version, self.autocast = x, _version(x), autocast_dtype(x)
             self.left = {id(own): y for own, y in zip(self.layers, ys, strict=True)}
-        elif x is not self.x or _version(x) != self.version:
+        elif x is not self.x or _version(x) != self.version or autocast_dtype(x) is not self.autocast:
             return None
         return self.left.pop(id(layer), None)
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlora.errors import DtypeError, ShapeError
 from fastlora.math.gated import NAMES
+from fastlora.ops import projections
 from fastlora.ops.lora import as_seed
 from fastlora.ops.member import (
     NEEDS,
@@ -65,25 +66,28 @@ class Gated(torch.autograd.Function):
 
 
 class GatedLinear(torch.autograd.Function):
-    """gate, up [m, i] -> adapted linear of act(gate) * up, [m, n]; keeps gate, up, h, mask and z, not the product."""
+    """gate, up [m, i] -> adapted linear of act(gate) * up, [m, n]; keeps gate, up, h, mask, z, not the product."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, *rest: Any) -> Tensor:
         """rest: a, b, mag, bias, the rest of the member, act."""
         *fields, act = rest
         member = Member(*fields)
-        y, h, mask, z = forward(_product(gate, up, act, member.call.backend), member)
-        need_b, need_mag = ctx.needs_input_grad[3:5]
+        need_gate, need_up, _, need_b, need_mag = ctx.needs_input_grad[:5]
+        product = _product(gate, up, act, member.call.backend)
+        keep = (need_gate or need_up) and projections.merged_lives()
+        with projections.no_autocast(product):
+            ((y, h, mask, z),), weights = projections.forward(product, [member], keep)
         tensors, ctx.facts = pack(member, h if need_b else None, mask, z if need_mag else None)
         ctx.act = act
-        ctx.save_for_backward(gate, up, *tensors)
+        ctx.save_for_backward(gate, up, *weights, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         """dy[m, n] -> dgate, dup, da, db, dmag, dbias: dx first, then with the product made again the rest."""
-        gate, up, *tensors = ctx.saved_tensors
+        gate, up, weight, *tensors = ctx.saved_tensors
         need_gate, need_up, *need_own = ctx.needs_input_grad[:6]
         kept, dy = unpack(tensors, ctx.facts), dy.contiguous()
         call = kept.member.call
@@ -93,7 +97,8 @@ class GatedLinear(torch.autograd.Function):
         again = bool(own & NEED_DA or (lazy and own & NEED_DB))
         dgate = dup = product = None
         if need_gate or need_up:
-            d = kept.run(dy, None, NEED_DX)[0]
+            with projections.no_autocast(dy):
+                d, _ = projections.backward(None, [kept], [dy], [NEED_DX], [weight])
             dgate, dup, product = _run(_problem("glu_bwd", gate), call.backend, d, gate, up, ctx.act, again)
         elif again:
             product = _product(gate, up, ctx.act, call.backend)

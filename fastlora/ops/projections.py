@@ -61,7 +61,7 @@ def _of_group(op: str, problems: Sequence[Problem], kernels: Sequence[Kernel]) -
 _ALONE = frozenset({"fused", "skinny"})  # plans of few tokens, one kernel each
 
 
-def _forward(x: Tensor, group: Sequence[Member], keep: bool) -> tuple[list[Outputs], list[Tensor | None]]:
+def forward(x: Tensor, group: Sequence[Member], keep: bool) -> tuple[list[Outputs], list[Tensor | None]]:
     """y, h, mask, z of each, and with `keep` merged weights for the backward."""
     problems, args = [], []
     for each in group:
@@ -82,7 +82,7 @@ def _forward(x: Tensor, group: Sequence[Member], keep: bool) -> tuple[list[Outpu
     return found
 
 
-def _backward(
+def backward(
     x: Tensor | None,
     group: Sequence[members.Kept],
     dys: Sequence[Tensor],
@@ -114,7 +114,7 @@ def _backward(
     return dx, grads
 
 
-def _merged_lives() -> bool:
+def merged_lives() -> bool:
     """Whether a merged weight made now should live until the backward: it is a checkpoint that runs the forward again.
 
     One that recomputes through saved-tensor hooks wants the same tensors saved both times, and throws the first away.
@@ -138,7 +138,7 @@ class Projections(torch.autograd.Function):
         """fields: those of each `Member`, one after the other."""
         group = [Member(*fields[at : at + FIELDS]) for at in range(0, len(fields), FIELDS)]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1:]
-        outs, weights = _forward(x, group, need_x and _merged_lives())
+        outs, weights = forward(x, group, need_x and merged_lives())
         tensors: list[Any] = []
         ctx.facts, ctx.needs = [], []
         for i, (each, (_, h, mask, z)) in enumerate(zip(group, outs, strict=True)):
@@ -171,14 +171,15 @@ class Projections(torch.autograd.Function):
         group = [members.unpack(tensors[SAVED * i : SAVED * (i + 1)], ctx.facts[i]) for i in present]
         given = [dys[i].contiguous() for i in present]  # type: ignore[union-attr]
         needs = [ctx.needs[i] | NEED_DX * need_x for i in present]
-        with _no_autocast(given[0]):
-            dx, found = _backward(x, group, given, needs, [weights[i] for i in present])
+        with no_autocast(given[0]):
+            dx, found = backward(x, group, given, needs, [weights[i] for i in present])
         for i, kept, own in zip(present, group, found, strict=True):
             grads[FIELDS * i : FIELDS * i + 4] = kept.cast(own)
         return dx, *grads
 
 
-def _no_autocast(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels choose their own precision."""
     device = t.device.type
     return torch.amp.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
@@ -230,11 +231,11 @@ def projections(
     inside = x.to(dtype)
     flat = (inside if inside.dim() == 2 else inside.reshape(-1, inside.shape[-1])).contiguous()
     ready = [members.ready(flat, each, drop, backend, train=each.trains(x)) for each in group]
-    with _no_autocast(flat):
+    with no_autocast(flat):
         if any(each.call.flags & TRAIN for each in ready):
             ys = Projections.apply(flat, *(field for each in ready for field in each))
         else:
-            ys = tuple(out[0] for out in _forward(flat, ready, False)[0])
+            ys = tuple(out[0] for out in forward(flat, ready, False)[0])
     back = [each.compute_dtype is not None and dtype is not x.dtype for each in group]
     if x.dim() != 2:
         ys = tuple(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys)

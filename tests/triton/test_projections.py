@@ -13,6 +13,7 @@ from fastlora.backends.triton.merge_parts import MOST, Part, alike, merge_parts
 from fastlora.backends.triton.quantize import dequantize
 from fastlora.math import philox
 from fastlora.math.nf4 import PackedWeight
+from fastlora.ops.glu import glu_linear
 from fastlora.ops.projections import STREAMS, projections
 from fastlora.testing import Case, Outputs, judge
 from tests.projection_tools import GROUPS, Group, alone, make_group
@@ -189,6 +190,19 @@ def test_a_recomputed_merge_is_not_made_again(reentrant, low_memory):
     assert merges == (3 if low_memory else 2)  # forward, recompute, and without memory for it the backward
     for leaf, other in zip((group.x, *group.leaves), want, strict=True):
         assert torch.equal(leaf.grad, other)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_gated_layers_recomputed_merge_is_not_made_again(reentrant):
+    (each, *_), gate = make_group(GROUPS["nf4"]).members, torch.randn(9, 64).requires_grad_()
+
+    def block(gate):
+        return glu_linear(gate, gate * 2, each, backend="triton").square()
+
+    (want,) = torch.autograd.grad(block(gate).sum(), gate)
+    found = names(lambda: checkpoint(block, gate, use_reentrant=reentrant).sum().backward())
+    assert found.count("_merge_kernel") == 2 and torch.equal(gate.grad, want)
+    assert names(lambda: block(gate).sum().backward()).count("_merge_kernel") == 2
 
 
 def test_without_a_checkpoint_no_merged_weight_is_kept():

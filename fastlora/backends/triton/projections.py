@@ -18,6 +18,7 @@ from torch import Tensor
 from fastlora.backends.triton import backward, expand, forward, grad_a, shrink
 from fastlora.backends.triton.forward import own_drop, splits
 from fastlora.backends.triton.launch import on_device, target
+from fastlora.backends.triton.merge import merge
 from fastlora.backends.triton.merge_parts import MOST, Part, alike, merge_parts
 from fastlora.backends.triton.project import Projected
 from fastlora.math.group import One
@@ -101,11 +102,16 @@ def projections_fwd(
         plans, calls = [one.plan for one in ones], [forward.make_call(one.problem, x, *one.args) for one in ones]
         given = _hidden(x, plans, calls)
         weights = _together([_forward_part(*each) for each in zip(plans, calls, strict=True)], x.dtype)
+        merged = [plan == "merge" and not one.problem.flags & DORA for plan, one in zip(plans, ones, strict=True)]
+        if keep:
+            weights = [
+                merge(call.weight, call.a, call.b, call.scale, x.dtype) if w is None and useful else w  # type: ignore[arg-type]
+                for w, useful, call in zip(weights, merged, calls, strict=True)
+            ]
         outs = [
             forward.PLANS[plan](call._replace(given=own._replace(weight=w)))
             for plan, call, own, w in zip(plans, calls, given, weights, strict=True)
         ]
-        merged = [plan == "merge" and not one.problem.flags & DORA for plan, one in zip(plans, ones, strict=True)]
         return outs, [w if keep and useful else None for w, useful in zip(weights, merged, strict=True)]
 
 
