@@ -38,6 +38,18 @@ struct PlainRows {
     void next(int64_t count) { rows += count * stride; }
 };
 
+// A dense weight that several tokens meet. They are too busy for the loads of the next rows to run ahead of them: those
+// are asked for now.
+struct AheadRows : PlainRows {
+    int64_t ahead;  // floats from here to what is read next
+    FL_MEMBER int begin(int64_t step, int i) const {
+        const float* p = rows + i * stride + step * 2 * W + ahead;
+        __builtin_prefetch(p, 0, 2);
+        if (W == 16) __builtin_prefetch(p + W, 0, 2);
+        return 0;
+    }
+};
+
 #ifdef FL_LOOKUP
 // Steps of 64 columns, all of one block: a scaled table a row and step. In fp32, vectors of even and of odd columns.
 struct PackedSteps {
@@ -342,7 +354,7 @@ struct FewForward {
             if (packed) packed_rows(source, n0, count, k, some, adapter);
             else if (direct && PAIR && tokens == 1)
                 dot_in_order(dense_rows(n0, k), count, some / step, base + k / 2, adapter, part);
-            else if (direct) all_tokens(dense_rows(n0, k), 0, count, k, some, adapter);
+            else if (direct) dense_tokens(n0, count, k, some, adapter);
             else tile_rows(source, n0, count, k, some, adapter);
         }
         finish(n0, count);
@@ -350,16 +362,31 @@ struct FewForward {
 
     template <class Rows>
     void all_tokens(const Rows& source, int64_t first, int64_t count, int64_t k, int64_t some, Adapter adapter) {
+        for (int64_t group = 0; group < groups.count; ++group) one_group(source, group, first, count, k, some, adapter);
+    }
+
+    template <class Rows>
+    void one_group(const Rows& source, int64_t group, int64_t first, int64_t count, int64_t k, int64_t some,
+                   Adapter adapter) {
         adapter.b += first * adapter.rank;
-        for (int64_t group = 0; group < groups.count; ++group)
-            with_tokens(groups.size(group), [&](auto tag) {
-                enum { T = decltype(tag)::N };
-                const int64_t token = groups.first(group);
-                Adapter mine = adapter;
-                mine.h += token * rank;
-                dot_all<PAIR, T>(source, count, some / step, base + token * ldx + k / (1 + PAIR) * T, mine,
-                                 part + token * FEATURES_FEW + first * T);
-            });
+        with_tokens(groups.size(group), [&](auto tag) {
+            enum { T = decltype(tag)::N };
+            const int64_t token = groups.first(group);
+            adapter.h += token * rank;
+            dot_all<PAIR, T>(source, count, some / step, base + token * ldx + k / (1 + PAIR) * T, adapter,
+                             part + token * FEATURES_FEW + first * T);
+        });
+    }
+
+    // The first group waits for memory, the others find the rows in a cache.
+    void dense_tokens(int64_t n0, int64_t count, int64_t k, int64_t some, Adapter adapter) {
+        AheadRows first;
+        static_cast<PlainRows&>(first) = dense_rows(n0, k);
+        if (k + some < columns) first.ahead = some / (1 + PAIR);
+        else first.ahead = n0 + 2 * count <= args.n ? (count * args.k - k) / (1 + PAIR) : 0;
+        one_group(first, 0, 0, count, k, some, adapter);
+        for (int64_t group = 1; group < groups.count; ++group)
+            one_group(dense_rows(n0, k), group, 0, count, k, some, adapter);
     }
 
     PlainRows dense_rows(int64_t n0, int64_t k) const {
