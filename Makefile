@@ -191,7 +191,8 @@ build/neon/%.o: csrc/%.cpp $(CPU_PARTS)
 	@mkdir -p $(@D)
 	$(NEON_CXX) -O3 @csrc/cpu/flags.txt -fopenmp -c $< -o $@
 
-build/neon/tests/tiers.o build/asan/tests/tiers.o: csrc/tests/support.h csrc/tests/grouped.h
+build/neon/tests/tiers.o build/asan/tests/tiers.o: csrc/tests/support.h csrc/tests/grouped.h \
+  csrc/tests/mixture.h
 
 build/neon/tiers: $(call objects_in,build/neon) build/neon/tests/tiers.o
 	$(NEON_CXX) -fopenmp $^ -o $@
@@ -200,7 +201,7 @@ build/neon/tiers: $(call objects_in,build/neon) build/neon/tests/tiers.o
 # Leaks are Python's own business; memory that is kept poisoned after use grows, so the test of growth cannot run.
 ASAN_FLAGS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 ASAN_TESTS := tests/test_cpu_backend.py tests/test_cpu_few.py tests/test_cpu_citizen.py tests/test_many_adapters_cpu.py \
-  tests/test_nf4.py tests/test_nf4_scales.py tests/test_parity.py
+  tests/test_moe_cpu.py tests/test_nf4.py tests/test_nf4_scales.py tests/test_parity.py
 asan: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=64
 asan: export UBSAN_OPTIONS := print_stacktrace=1
 asan: $(TEST_READY) ## the CPU library under AddressSanitizer and UBSan: every tier of this CPU, then its tests

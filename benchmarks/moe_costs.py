@@ -25,6 +25,7 @@ from fastlora.ops import lora
 
 BACKENDS = ("reference", "cpu")
 _PRODUCTS = ("lora_fwd", "lora_bwd", "grouped_fwd", "grouped_bwd", "dora_norm")
+_PRODUCTS += ("mixture_fwd", "mixture_bwd", "routed_fwd", "routed_bwd")
 MOST = 1.05  # of the formula
 MOST_SAVED = 12e6  # bytes, MixLoRA
 

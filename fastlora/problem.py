@@ -59,7 +59,8 @@ class Problem(NamedTuple):
     """One call of one op: x[m,k] w[n,k] a[r,k] b[n,r] -> y[m,n]."""
 
     # "lora_fwd", "lora_bwd", "grouped_fwd", "grouped_bwd", "grouped_mask", "dora_norm", "quantize", "quantize_absmax",
-    # "dequantize", "dropout_mask", "glu_fwd", "glu_bwd", "projections_fwd", "projections_bwd"
+    # "dequantize", "dropout_mask", "glu_fwd", "glu_bwd", "projections_fwd", "projections_bwd", "mixture_fwd",
+    # "mixture_bwd", "routed_fwd", "routed_bwd"
     op: str
     m: int  # tokens (0 where the op has none)
     n: int  # out_features

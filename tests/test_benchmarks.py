@@ -45,13 +45,14 @@ def tiny():
 
 
 def test_every_registered_op_has_a_case(tiny, tmp_path, monkeypatch, capsys):
-    """Mixed batches, groups and gated units have benchmarks of their own; a mixed mask is drawn as `dropout_mask`'s."""
+    """Mixed batches, mixtures, groups and gated units have their own; a mixed mask is drawn as `dropout_mask`'s."""
     _, seen = tiny
     mixed, choose = set(), registry.select
     monkeypatch.setattr(registry, "select", lambda problem, *rest: mixed.add(problem.op) or choose(problem, *rest))
     assert many_adapters.main(["--tiny", "--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")]) == 0
     backends.load()
     elsewhere = {"grouped_mask", "glu_fwd", "glu_bwd", "projections_fwd", "projections_bwd"}
+    elsewhere |= {"mixture_fwd", "mixture_bwd", "routed_fwd", "routed_bwd"}
     assert {kernel.op for kernel in registry.kernels()} <= set().union(*seen.values(), mixed, elsewhere)
     kinds = {(case.op, case.train) for suite in suites().values() for case in suite.cases}
     covered = {(case.op, case.train) for suite in suites(tiny=True).values() for case in suite.cases}

@@ -255,6 +255,26 @@ FL_API int64_t fl_grouped_bwd(const Grouped* given) {
     return start_team(call.args, &Tier::grouped_backward, 2 * grouped_units(call));
 }
 
+// Products of rows and adapters: both ends of every linear.
+static double mixture_units(const Mixture& call) {
+    const Args& args = call.args;
+    const double ends = (double)(2 * args.k + 3 * args.n + call.out);
+    return (double)(args.m * call.slots) * (double)args.r * ends / 4;
+}
+
+static int64_t start_mixture(const Mixture* given, Phased Tier::*op, double passes) {
+    Mixture call = *given;
+    static float nothing[16];
+    for (MixtureSide* side : {&call.gate, &call.up, &call.down})
+        if (!side->r) side->a = side->b = nothing;
+    return start_team(call.args, op, passes * mixture_units(call));
+}
+
+FL_API int64_t fl_mixture_fwd(const Mixture* given) { return start_mixture(given, &Tier::mixture_forward, 1); }
+FL_API int64_t fl_mixture_bwd(const Mixture* given) { return start_mixture(given, &Tier::mixture_backward, 2); }
+FL_API int64_t fl_routed_fwd(const Mixture* given) { return start_mixture(given, &Tier::routed_forward, 1); }
+FL_API int64_t fl_routed_bwd(const Mixture* given) { return start_mixture(given, &Tier::routed_backward, 2); }
+
 FL_API int64_t fl_grouped_mask(const Grouped* given) {
     const Grouped call = whole(given);
     const Args& args = call.args;

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-enum { FL_ABI_VERSION = 3 };
+enum { FL_ABI_VERSION = 4 };
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 enum Kind : int64_t { DENSE = 0, NF4 = 1, FP4 = 2 };
 enum TierId : int64_t { TIER_SCALAR = 0, TIER_AVX2 = 1, TIER_AVX512 = 2, TIER_AVX512_BF16 = 3, TIER_NEON = 4 };
@@ -81,6 +81,27 @@ struct Grouped {
     const void* late;  // forward: dropped [m,n]; backward: dropped_dx [m,k]; dtype, or absent
 };
 
+// One linear with its experts' adapters, stacked; and a call on a gated MLP, or on one linear (`gate`; n is not used).
+// 8-byte fields.
+struct MixtureSide {
+    const void *a, *b;  // [experts, r, in], [experts, out, r] of the call's adapter_dtype
+    double scale;
+    int64_t r;  // 0: no adapters
+    float* h;   // [m slots, r]: the forward's result, which the backward reads
+    void *da, *db;  // adapter_dtype, or absent
+};
+enum Act : int64_t { ACT_SILU = 0, ACT_GELU_TANH = 1 };
+struct Mixture {
+    Args args;  // m tokens, k in, n: the hidden rows' width, r: the largest rank; x, dy
+    int64_t slots, out, experts, adapter_dtype, act;
+    const int64_t *order, *offsets;  // rows (token * slots + slot) sorted by expert; experts + 1 borders
+    const float* w;                  // [m, slots]
+    const void *gate_base, *up_base, *d_hidden;  // dtype [m,n]: the base of both inputs with its bias; dy W2
+    float *hidden, *y;               // forward: [m,n]; [m,out], added to
+    float *d_gate, *d_up, *dx, *dw;  // backward: [m,n], [m,n]; [m,k], added to, or absent; [m,slots] or absent
+    MixtureSide gate, up, down;
+};
+
 // One instruction tier's kernels. Each is called by every thread of a team (or by one thread alone).
 struct Shared;
 struct Phased {
@@ -94,6 +115,8 @@ struct Tier {
     void (*mask_rows)(const Args&, int64_t first_row, int64_t last_row, uint8_t* out);
     Phased forward, backward, norm;
     Phased grouped_forward, grouped_backward;  // Shared::args is the head of a Grouped
+    Phased mixture_forward, mixture_backward;  // Shared::args is the head of a Mixture: an MLP
+    Phased routed_forward, routed_backward;    // the same for one linear, `gate`
     void (*grouped_mask)(const Grouped&, int64_t first, int64_t last);  // sorted positions
     int64_t few;  // up to this many products of a token and the weight are not made by tiles
 };

@@ -11,6 +11,8 @@
 #include "few_rows.h"
 #include "few_bwd.h"
 #include "grouped.h"
+#include "mixture_rows.h"
+#include "mixture.h"
 
 namespace {
 
@@ -43,6 +45,14 @@ static int64_t grouped_forward_floats(Shared& s) { return shared_floats<GroupedF
 static void grouped_forward(Shared& s) { work<GroupedForward>(s); }
 static int64_t grouped_backward_floats(Shared& s) { return shared_floats<GroupedBackward>(s); }
 static void grouped_backward(Shared& s) { work<GroupedBackward>(s); }
+static int64_t mixture_forward_floats(Shared& s) { return shared_floats<MixtureForward>(s); }
+static void mixture_forward(Shared& s) { work<MixtureForward>(s); }
+static int64_t mixture_backward_floats(Shared& s) { return shared_floats<MixtureBackward>(s); }
+static void mixture_backward(Shared& s) { work<MixtureBackward>(s); }
+static int64_t routed_forward_floats(Shared& s) { return shared_floats<RoutedForward>(s); }
+static void routed_forward(Shared& s) { work<RoutedForward>(s); }
+static int64_t routed_backward_floats(Shared& s) { return shared_floats<RoutedBackward>(s); }
+static void routed_backward(Shared& s) { work<RoutedBackward>(s); }
 
 static const Tier tier = {
     quantize,
@@ -54,6 +64,10 @@ static const Tier tier = {
     {norm_floats, norm},
     {grouped_forward_floats, grouped_forward},
     {grouped_backward_floats, grouped_backward},
+    {mixture_forward_floats, mixture_forward},
+    {mixture_backward_floats, mixture_backward},
+    {routed_forward_floats, routed_forward},
+    {routed_backward_floats, routed_backward},
     grouped_mask,
     FEW,
 };

@@ -12,6 +12,7 @@ typedef __m512 vf;
 #define FL_AVX512
 #define FL_LOOKUP   // it has `Lookup`: codes are decoded in registers
 #define FL_TURN 16  // it has `transpose_block` of so many rows and columns
+#define FL_RANK_BLOCK  // it has `rank_block`
 enum { W = 16, TILE_ROWS = 6, TILE_VECTORS = 4, ADAPTER_ROWS = 12, RANK_ROWS = 8 };
 #ifdef FL_BF16
 enum { HAS_PAIR = 1 };
@@ -115,6 +116,51 @@ FL_INLINE void transpose_block(const float* src, int64_t ld, float* dst, int64_t
     FL_UNROLL
     for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_ps(src + i * ld);
     transpose_16(rows, dst, ldd);
+}
+
+// c + the sum over j < 16, one after another, of h[j] times column j of 16 rows of stride ld; a lane a row.
+FL_INLINE vf rank_block(const float* rows, int64_t ld, const float* h, vf c) {
+    float turned[256];
+    transpose_block(rows, ld, turned, 16);
+    FL_UNROLL
+    for (int j = 0; j < 16; ++j) c = vfma(vload(turned + 16 * j), vset1(h[j]), c);
+    return c;
+}
+
+// The same for bf16. Two numbers are one word, and rows i and i + 8 share a vector: half the shuffles.
+FL_INLINE vf rank_block(const uint16_t* rows, int64_t ld, const float* h, vf c) {
+    vf a[8], b[8];
+    FL_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const __m256i low = _mm256_loadu_si256((const __m256i*)(rows + i * ld));
+        const __m256i high = _mm256_loadu_si256((const __m256i*)(rows + (i + 8) * ld));
+        a[i] = _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    }
+    FL_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    FL_UNROLL
+    for (int i = 0; i < 8; i += 4) {  // a[i + j]: words j and j + 4 of rows i .. i + 3 and i + 8 .. i + 11
+        FL_UNROLL
+        for (int j = 0; j < 2; ++j) {
+            const __m512d first = _mm512_castps_pd(b[i + j]), second = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+        }
+    }
+    // Quarters of a lane order 0, 2, 1, 3, which the sum keeps until its end.
+    c = _mm512_shuffle_f32x4(c, c, 0xd8);
+    FL_UNROLL
+    for (int word = 0; word < 8; ++word) {
+        const vf w = word < 4 ? _mm512_shuffle_f32x4(a[word & 3], a[(word & 3) + 4], 0x88)
+                              : _mm512_shuffle_f32x4(a[word & 3], a[(word & 3) + 4], 0xdd);
+        const __m512i both = _mm512_castps_si512(w);
+        c = vfma(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), vset1(h[2 * word]), c);
+        c = vfma(_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536))), vset1(h[2 * word + 1]), c);
+    }
+    return _mm512_shuffle_f32x4(c, c, 0xd8);
 }
 
 // The 4-byte words chosen by `some` of 16 rows `stride` bytes apart, dst[16 * word + row]; the last of `rows` repeats.

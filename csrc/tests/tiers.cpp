@@ -7,6 +7,7 @@
 // must stay within rounding of the same equations in fp64. Each operand ends where memory ends (a page without access;
 // under AddressSanitizer, its own red zones), and results must not depend on the number of threads.
 #include "grouped.h"
+#include "mixture.h"
 #include "support.h"
 
 extern "C" {
@@ -479,6 +480,7 @@ int main(int count, char** names) {
         check_masks(tier);
         check_layers(tier);
         check_grouped(tier);
+        check_mixture(tier);
         printf("%s: %lld checks, %lld failed\n", TIER_NAMES[tier], (long long)(checks - before),
                (long long)(failures - failed));
         fflush(stdout);

@@ -19,7 +19,7 @@ from fastlora import settings
 from fastlora.errors import UnsupportedError
 
 T = TypeVar("T")
-ABI_VERSION = 3
+ABI_VERSION = 4
 INSTALLED = pathlib.Path(__file__).resolve().parent.parent / "_lib" / "libfastlora_cpu.so"
 # Written beside the library by a build that could not make it; its text says why.
 REASON_NAME = "cpu_build_failed.txt"
@@ -27,7 +27,8 @@ REASON_NAME = "cpu_build_failed.txt"
 TIERS = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
 STATUS_NO_MEMORY = 1
 _SINGLE = ("quantize", "quantize_absmax", "dequantize", "dropout_mask", "dora_norm", "lora_fwd", "lora_bwd")
-OPS = (*_SINGLE, "grouped_mask", "grouped_fwd", "grouped_bwd")
+_MIXTURES = ("mixture_fwd", "mixture_bwd", "routed_fwd", "routed_bwd")
+OPS = (*_SINGLE, "grouped_mask", "grouped_fwd", "grouped_bwd", *_MIXTURES)
 
 _RECORD = struct.Struct("=10q2d28q")
 # What a mixed batch adds to the record: `struct Grouped`'s own fields, then a `struct Member` an adapter.

@@ -91,6 +91,13 @@ def work(problem: Problem) -> Work:
         return Work(2 * m * r * (n + k) * passes, (groups * adapters + m * (k + 2 * n) * size + mask) * passes)
     if problem.op in ("glu_fwd", "glu_bwd"):
         return Work(20 * m * n, (3 if problem.op == "glu_fwd" else 6) * m * n * size)
+    if problem.op in ("routed_fwd", "routed_bwd"):
+        linears = 1 if problem.op == "routed_fwd" else 2
+        return Work(2 * m * r * linears * (n + k), linears * (groups * adapters + m * (k + n) * size))
+    if problem.op in ("mixture_fwd", "mixture_bwd"):  # W2's output is taken to be as wide as x; no [m, n] moves
+        linears, again = (3, 0) if problem.op == "mixture_fwd" else (6, 2 * n)
+        flops = 2 * m * r * (linears * (n + k) + again)
+        return Work(flops, linears * groups * adapters + linears * m * (k + n) * size)
     if problem.op == "dora_norm":
         return Work(2 * n * k * r + 3 * n * k, w + adapters + 4 * n)
     if problem.op == "quantize":

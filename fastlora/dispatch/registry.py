@@ -150,6 +150,15 @@ def select(problem: Problem, forced: str = "", args: tuple[Any, ...] | None = No
     return found
 
 
+def has_own(problem: Problem, forced: str = "") -> bool:
+    """Whether a kernel beyond the reference's can run a problem; of the forced backend, if one is named."""
+    backend = (forced or settings.current.backend).partition(":")[0]
+    return any(
+        kernel.backend != "reference" and backend in ("", kernel.backend) and not why_not(kernel, problem)
+        for kernel in _kernels.get(problem.op, ())
+    )
+
+
 def _measured(problem: Problem, able: list[Kernel], predicted: Kernel, args: tuple[Any, ...]) -> Kernel:
     """The fastest of the kernels whose prediction is not hopeless, measured now or remembered from an earlier run."""
     limit = _HOPELESS * predicted.seconds(problem)

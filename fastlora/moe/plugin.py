@@ -13,7 +13,8 @@ from fastlora.math import moe
 from fastlora.moe.config import LoraMoeConfig, MoeConfig, MolaConfig, checked
 from fastlora.moe.experts import ExpertLinear, Quantization, derived_seed
 from fastlora.moe.router import Router
-from fastlora.ops.experts import gated_linear
+from fastlora.ops.experts import Frozen, gated_linear
+from fastlora.ops.experts_fused import routed_linear
 from fastlora.ops.lora import draw_seed
 
 
@@ -87,6 +88,10 @@ class GatedLoraLinear(ExpertLinear):
         """logits [T, E] -> g [T, E]."""
         raise NotImplementedError
 
+    def _mixed(self, x: Tensor, logits: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, layer: Frozen) -> Tensor:
+        """The layer's y for x [T, in] under the gate's logits."""
+        return gated_linear(x, self.gates(logits), a, b, seed, layer)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x (autocast's when that is on).
 
@@ -97,11 +102,11 @@ class GatedLoraLinear(ExpertLinear):
             raise ShapeError(f"expected x with last dimension {self.in_features}, got shape {tuple(x.shape)}")
         assert self.lora_A is not None and self.lora_B is not None
         dtype = self.operand_dtype(x)
-        gates = self.gates(self.gate(x))
+        logits = self.gate(x)
         layer = self.frozen(dtype)
         seed = draw_seed(x.device) if layer.p > 0 else None
         flat = x.reshape(-1, self.in_features).to(dtype)
-        y = gated_linear(flat, gates, self.lora_A, self.lora_B, seed, layer)
+        y = self._mixed(flat, logits, self.lora_A, self.lora_B, seed, layer)
         if self.compute_dtype is not None:
             y = y.to(x.dtype)
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], self.out_features))
@@ -146,3 +151,6 @@ class MolaLinear(GatedLoraLinear):
     def gates(self, logits: Tensor) -> Tensor:
         """The renormalised top_k of softmax(logits), 0 elsewhere: fp32 [T, E] -> [T, E]."""
         return moe.scatter_gates(moe.route_top_k(logits, self.config.top_k), self.config.num_experts)  # type: ignore[arg-type]
+
+    def _mixed(self, x: Tensor, logits: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, layer: Frozen) -> Tensor:
+        return routed_linear(x, *moe.route_top_k(logits, self.config.top_k), a, b, seed, layer)  # type: ignore[arg-type]

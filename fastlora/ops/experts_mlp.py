@@ -18,6 +18,7 @@ from fastlora.math.activations import activation
 from fastlora.math.segments import Segments, segments
 from fastlora.ops import experts_schema
 from fastlora.ops.experts import PARTS, Frozen, base_backward, base_forward, put_together, take_apart
+from fastlora.ops.experts_fused import Mixture, mixture_of
 from fastlora.ops.lora import _direct
 from fastlora.problem import DORA, DROPOUT, NEED_DA, NEED_DB, NEED_DMAG, NEED_DX, TRAIN
 
@@ -282,8 +283,11 @@ class ExpertsMLP(torch.autograd.Function):
         ]
         saved = rest[sum(ctx.counts) :]
         with torch.amp.autocast(x.device.type, enabled=False):
-            call = _Backward(x, w, experts, seed, _sides(layers, tensors), ctx.facts, saved, ctx.needs_input_grad)
-            dx, dw, grads = call.run(dy.contiguous())
+            dy, sides, needs = dy.contiguous(), _sides(layers, tensors), ctx.needs_input_grad
+            if (whole := _whole(x, w, experts, seed, sides, ctx.facts)) is not None:
+                dx, dw, grads = whole.backward(dy, x, w, experts, saved[:2], saved[2:5], (*needs[:2], *needs[6:]))
+            else:
+                dx, dw, grads = _Backward(x, w, experts, seed, sides, ctx.facts, saved, needs).run(dy)
         return dx, dw, None, None, None, None, *grads
 
 
@@ -291,10 +295,23 @@ def _sides(layers: Sequence[Frozen], tensors: Sequence[Any]) -> list[_Side]:
     return [_Side(layer, *tensors[3 * at : 3 * at + 3]) for at, layer in enumerate(layers)]
 
 
+def _whole(
+    x: Tensor, w: Tensor, experts: Tensor, seed: Tensor | None, sides: Sequence[_Side], facts: Facts
+) -> Mixture | None:
+    """The kernels that take the MLP whole, or None."""
+    if not facts.gated or facts.inputs != 2:
+        return None
+    tensors = [t for side in sides for t in side[1:]]
+    return mixture_of(x, w, experts, seed, [side.frozen for side in sides], tensors, facts.act)
+
+
 def _mlp_forward(
     x: Tensor, w: Tensor, experts: Tensor, seed: Tensor | None, sides: Sequence[_Side], facts: Facts, train: int
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y, and under `train` what the backward needs: every c, then every h, every mask, and z of W2."""
+    if (whole := _whole(x, w, experts, seed, sides, facts)) is not None:
+        y, bases, own = whole.forward(x, w, experts, train)
+        return y, [*bases, *own, None, None, None, None] if train else []
     *inputs, down = sides
     cs = [base_forward(x, side.frozen) for side in inputs]
     masks = _masks(sides, experts, facts.experts, seed)
