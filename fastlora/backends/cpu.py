@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -334,6 +334,10 @@ def lora_bwd(
 
 def _members(group: Group, keep: list[Tensor], outputs: Sequence[tuple[int, int, int]] | None = None) -> bytes:
     """A `struct Member` an adapter; `outputs`: addresses of da, db, dmag."""
+    if group.memo is not None:
+        known = [memo.get("cpu") for memo in group.memo]
+        if None not in known:
+            return b"".join(known)  # type: ignore[arg-type]
     records = []
     pack, none = _cpu_library.pack_member, (0, 0, 0)
     for e, (a, b, scale, kind) in enumerate(zip(group.a, group.b, group.scales, group.kinds, strict=True)):
@@ -351,19 +355,37 @@ def _members(group: Group, keep: list[Tensor], outputs: Sequence[tuple[int, int,
         dropping = (philox.threshold(p), group.streams[e], 1, base_drops(kind)) if drops else (0, 0, 0, 0)
         factors = (scale, philox.keep_scale(p) if drops else 1.0)
         records.append(pack(*operands, *factors, b.shape[1], *dropping, *out))
+    if group.memo is not None and not keep and outputs is None:
+        for memo, record in zip(group.memo, records, strict=True):
+            memo["cpu"] = record
     return b"".join(records)
 
 
 def _grouped_call(
-    op: str, problem: Problem, segments: Segments, late: Tensor | None, members: bytes, **fields: Any
+    op: str,
+    problem: Problem,
+    segments: Segments,
+    late: Tensor | None,
+    members: bytes,
+    seed: int = 0,
+    x: int = 0,
+    bias: int = 0,
+    y: int = 0,
+    h: int = 0,
+    mask: int = 0,
+    z: int = 0,
+    dy: int = 0,
+    dx: int = 0,
 ) -> None:
-    """One call on a `struct Grouped`; `fields`: addresses of `struct Args`."""
+    """One call on a `struct Grouped`; addresses of `struct Args`."""
     library = _cpu_library.library()
-    fields |= {"m": problem.m, "n": problem.n, "k": problem.k, "r": problem.r, "flags": problem.flags}
-    dtype, adapter_dtype = (_DTYPES.get(each, 0) for each in (problem.dtype, problem.adapter_dtype))
-    record = _cpu_library.pack(dtype=dtype, tier=library.tier(), **fields)
+    _, m, n, k, r, dtype, adapter_dtype, _, flags, _, groups = problem
+    sizes = (m, n, k, r, _DTYPES.get(dtype, 0), flags, torch.get_num_threads(), library.tier(), 0, 0, 0.0, 1.0, seed)
+    weight, rest = (0, 0, 0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0)
+    record = _cpu_library.pack_fields(*sizes, *weight, x, 0, 0, bias, 0, 0, y, h, mask, z, dy, dx, *rest)
     order, offsets = segments.order.data_ptr(), segments.offsets.data_ptr()
-    record += _cpu_library.pack_grouped(problem.groups, adapter_dtype, order, offsets, 0, _address(late))
+    adapters = _DTYPES.get(adapter_dtype, 0)
+    record += _cpu_library.pack_grouped(groups, adapters, order, offsets, 0, _address(late))
     library.call(op, record + members)
 
 
@@ -371,8 +393,8 @@ def grouped_mask(problem: Problem, segments: Segments, group: Group, seed: Tenso
     """The keep bits of every row by its own adapter's stream and p: uint8 [m, ceil(k/8)]."""
     mask = torch.zeros((problem.m, -(-problem.k // 8)), dtype=torch.uint8)
     if mask.numel():
-        addresses = {"seed": seed.data_ptr(), "mask": mask.data_ptr()}
-        _grouped_call("grouped_mask", problem, segments, None, _members(group, []), **addresses)
+        members = _members(group, [])
+        _grouped_call("grouped_mask", problem, segments, None, members, seed=seed.data_ptr(), mask=mask.data_ptr())
     return mask
 
 
@@ -393,9 +415,9 @@ def grouped_fwd(
     if problem.m:
         keep: list[Tensor] = []
         bias32 = _f32(bias)
-        addresses = {"x": _aligned(x, keep), "y": y.data_ptr(), "bias": _address(bias32), "h": _address(h)}
-        addresses |= {"mask": _address(mask), "z": _address(z)}
-        _grouped_call("grouped_fwd", problem, segments, dropped, _members(group, keep), **addresses)
+        members = _members(group, keep)
+        places = (_aligned(x, keep), _address(bias32), y.data_ptr(), _address(h), _address(mask), _address(z))
+        _grouped_call("grouped_fwd", problem, segments, dropped, members, 0, *places)
     return h, z
 
 
@@ -421,9 +443,9 @@ def grouped_bwd(
         grads += [t for t in (da, db, dmag) if t is not None]
         outputs.append((_address(da), _address(db), _address(dmag)))
     keep: list[Tensor] = []
-    addresses = {"x": _aligned(x, keep), "dy": _aligned(dy, keep), "h": _address(h), "mask": _address(mask)}
-    addresses |= {"z": _address(z), "dx": _address(dx)}
-    _grouped_call("grouped_bwd", problem, segments, dropped_dx, _members(group, keep, outputs), **addresses)
+    members, given = _members(group, keep, outputs), (_address(h), _address(mask), _address(z))
+    places = (_aligned(x, keep), 0, 0, *given, _aligned(dy, keep), _address(dx))
+    _grouped_call("grouped_bwd", problem, segments, dropped_dx, members, 0, *places)
     return grads
 
 

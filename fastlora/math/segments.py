@@ -7,7 +7,7 @@ the adapter's, or E for a row without one. A dense layer is the case E = 1 in wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Group(NamedTuple):
         streams: dropout stream numbers.
         kinds: per adapter the `problem` bits that hold for it: DROPOUT, DORA, SHARED; in the backward also NEED_DA,
             NEED_DB, NEED_DMAG.
+        memo: what a backend found out about each adapter, for the next group it is in; None where nobody keeps it.
     """
 
     a: Sequence[Tensor]
@@ -55,6 +56,7 @@ class Group(NamedTuple):
     ps: Sequence[float]
     streams: Sequence[int]
     kinds: Sequence[int]
+    memo: Sequence[dict[str, Any]] | None = None
 
     @property
     def ranks(self) -> list[int]:

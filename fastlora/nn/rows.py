@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastlora.errors import ConfigError, ShapeError
 from fastlora.math import philox
 from fastlora.math.segments import Segments, segments
-from fastlora.ops.grouped import RowAdapter, mixed_linear
-from fastlora.ops.lora import autocast_dtype, draw_seed
+from fastlora.ops.grouped import Plain, RowAdapter, mixed_linear, plain_again, plain_of, plain_signature
+from fastlora.ops.lora import _watched, autocast_dtype, draw_seed
 
 if TYPE_CHECKING:
     from fastlora.nn.adapted import AdaptedLinear
@@ -136,6 +137,54 @@ def _row_adapters(layer: AdaptedLinear, names: Sequence[str]) -> list[RowAdapter
     return found
 
 
+_PLAIN = "_plain_rows"  # where a layer's `__dict__` holds the `Plain` of each adapter it has served; no tensors
+
+
+def _again(layer: AdaptedLinear, x: Tensor, adapter_names: Sequence[str | None]) -> Tensor | None:
+    """`forward` for adapters that have not changed since their last time, without gradients and on a CPU; or None."""
+    known: dict[str, Plain] | None = layer.__dict__.get(_PLAIN)
+    if not known or torch.is_grad_enabled() or layer.training or layer._disabled:
+        return None
+    if layer.lora_E._parameters or layer.lora_magnitude._parameters:
+        return None
+    if type(x) is not Tensor or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    lora_a, lora_b, scaling = layer.lora_A._parameters, layer.lora_B._parameters, layer.scaling
+    all_a, all_b, scales, plain = [], [], [], []
+    for name in dict.fromkeys(adapter_names):
+        if name is None:
+            continue
+        a, b, found = lora_a.get(name), lora_b.get(name), known.get(name)
+        if found is None or type(a) is not nn.Parameter or type(b) is not nn.Parameter:
+            return None
+        scale = scaling[name]
+        if plain_signature(a, b, scale) != found.signature:
+            return None
+        all_a.append(a)
+        all_b.append(b)
+        scales.append(scale)
+        plain.append(found)
+    if not plain:
+        return None
+    shape, compute = x.shape, layer.compute_dtype
+    rows = _rows_of(adapter_names, math.prod(shape[1:-1]), x.device)
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    operand = flat if compute is None or compute is x.dtype else flat.to(compute)
+    weight = layer._base_operand()
+    y = plain_again(operand, weight, all_a, all_b, scales, plain, rows, layer.bias, layer._on_grid())
+    if y is None:
+        return None
+    y = y if y.dtype is x.dtype else y.to(x.dtype)
+    return y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], layer.out_features))
+
+
+def _remember(layer: AdaptedLinear, adapters: Sequence[RowAdapter]) -> None:
+    """What `_again` will know of these, and of earlier ones that are still there."""
+    known = {name: each for name, each in layer.__dict__.get(_PLAIN, {}).items() if name in layer.lora_A._parameters}
+    known |= {each.name: plain for each in adapters if (plain := plain_of(each)) is not None}
+    layer.__dict__[_PLAIN] = known
+
+
 def forward(layer: AdaptedLinear, x: Tensor, adapter_names: Sequence[str | None]) -> Tensor:
     """One adapter, or None, per row of the batch (the first dimension of x).
 
@@ -152,6 +201,8 @@ def forward(layer: AdaptedLinear, x: Tensor, adapter_names: Sequence[str | None]
     if x.dim() < 2 or isinstance(adapter_names, str) or len(adapter_names) != x.shape[0]:
         got = repr(adapter_names) if isinstance(adapter_names, str) else len(adapter_names)
         raise ShapeError(f"expected one adapter name per row, {x.shape[0] if x.dim() > 1 else 1}, got {got}")
+    if not torch.compiler.is_compiling() and (y := _again(layer, x, adapter_names)) is not None:
+        return y
     chosen = list(dict.fromkeys(name for name in adapter_names if name is not None))
     adapters = _row_adapters(layer, chosen)
     if layer._disabled or not chosen:
@@ -174,5 +225,7 @@ def forward(layer: AdaptedLinear, x: Tensor, adapter_names: Sequence[str | None]
         on_grid=layer._on_grid(),
         norm_weight=weight,
     )
+    if x.is_cpu and not torch.is_grad_enabled() and not layer.training and not _watched():
+        _remember(layer, adapters)
     y = y if layer.compute_dtype is None else y.to(x.dtype)
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], layer.out_features))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,17 +10,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from fastlora import settings
 from fastlora.config import DORA_DROPOUT
 from fastlora.errors import DtypeError, ShapeError
 from fastlora.math.nf4 import PackedWeight
-from fastlora.math.segments import Segments
+from fastlora.math.segments import Group, Segments
 from fastlora.ops import grouped_schema
 from fastlora.ops.dora import dora_weight_norm
-from fastlora.ops.lora import _check, _check_devices, _direct, _refuse_tangents, as_seed
+from fastlora.ops.lora import _check, _check_devices, _direct, _refuse_tangents, _watched, as_seed
+from fastlora.ops.schema import _forward, _run, format_of
 from fastlora.problem import (
     BIAS,
+    DENSE,
     DORA,
     DROPOUT,
     NEED_DA,
@@ -30,6 +34,7 @@ from fastlora.problem import (
     SAVE_MASK,
     SHARED,
     TRAIN,
+    Problem,
 )
 
 
@@ -269,4 +274,79 @@ def mixed_linear(
     if train:
         return MixedLinear.apply(x, bias, frozen, facts, *tensors)
     y: Tensor = _forward_op(x, bias, tensors, frozen, facts)[0]
+    return y
+
+
+# --- known adapters again ---------------------------------------------------------------------------------------------
+
+
+class Plain(NamedTuple):
+    """An adapter of a mixed batch that `mixed_linear` has taken: no dropout, no DoRA, contiguous, on a CPU.
+
+    A layer that is asked for it again, without gradients, need not look at it ten times.
+
+    Attributes:
+        signature: `plain_signature` of it. dtype, rank. memo: what a backend knows of it.
+    """
+
+    signature: tuple[Any, ...]
+    dtype: torch.dtype
+    rank: int
+    memo: dict[str, Any]
+
+
+def plain_signature(a: Tensor, b: Tensor, scale: float) -> tuple[Any, ...]:
+    """All that an answer for an adapter rests on: places, shapes, dtypes, order in memory, scale."""
+    return a.data_ptr(), b.data_ptr(), a.shape, b.shape, a.dtype, b.dtype, a.is_contiguous(), b.is_contiguous(), scale
+
+
+def plain_of(adapter: RowAdapter) -> Plain | None:
+    """The `Plain` of an adapter that `mixed_linear` took; None where there is more to it."""
+    a, b, scale, mag, p = adapter[:5]
+    if mag is not None or p or type(a) is not Parameter or type(b) is not Parameter:
+        return None
+    if not (a.is_cpu and a.is_contiguous() and b.is_contiguous()):
+        return None
+    return Plain(plain_signature(a, b, scale), a.dtype, a.shape[0], {})
+
+
+@functools.lru_cache(maxsize=64)
+def _no_adapter(dtype: torch.dtype, n: int, k: int) -> tuple[Tensor, Tensor]:
+    return torch.empty((0, k), dtype=dtype), torch.empty((n, 0), dtype=dtype)
+
+
+def plain_again(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: list[float],
+    plain: Sequence[Plain],
+    rows: Segments,
+    bias: Tensor | None,
+    on_grid: bool,
+) -> Tensor | None:
+    """`mixed_linear` for adapters that still are what `plain` says, without gradients; None where that must look again.
+
+    x [m, k], plain and on a CPU like the weight; rows: its segments.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    first = weight[0] if isinstance(weight, PackedWeight) else weight
+    if weight.shape[1] != k or not first.is_cpu or not x.is_contiguous() or _watched():
+        return None
+    if first is weight and first.dtype is not x.dtype:
+        return None
+    fmt = format_of(weight, on_grid) if isinstance(weight, PackedWeight) else DENSE
+    wide, rank = plain[0].dtype, 0
+    for each in plain:
+        if each.dtype is not wide:
+            return None
+        rank = each.rank if each.rank > rank else rank
+    flags, count, dtype = BIAS * (bias is not None), len(plain), x.dtype
+    fixed = (bias, *_no_adapter(dtype, n, k), 1.0, None, None, None, 0, 0.0, flags, "")
+    y: Tensor = _forward(x, weight, fmt, fixed)[0]
+    none, zeros = [None] * count, [0] * count
+    group = Group(a, b, none, none, scales, [0.0] * count, zeros, zeros, [each.memo for each in plain])
+    problem = Problem("grouped_fwd", m, n, k, rank, dtype, wide, DENSE, flags, "cpu", count)
+    _run(problem, "", x, y, bias, group, rows, None, None)
     return y
