@@ -333,9 +333,46 @@ _PLANS = [
         ("            dx.addmm_(d, w)\n", "            dx.addmm_(call.dy, w)\n"),
         ("factor=call.dscale if masked else 1.0", "factor=1.0"),
         (
-            "        compose.masked_add(dx, call.bits, call.dscale, dx)\n",
-            "        compose.masked_add(dx, call.bits, 1.0, dx)\n",
+            "compose.masked_add(dx, call.bits, call.dscale, dx)",
+            "compose.masked_add(dx, call.bits, 1.0, dx)",
         ),
+    ),
+]
+
+_GATED = _mutants(
+    "gated.py",
+    ("test_gated.py",),
+    ("value, slope = z * s, s * (1.0 + z * (1.0 - s))", "value, slope = z * s, s * (1.0 + z * s)"),
+    ("below + z * tl.exp(-0.5 * z * z) * _DENSITY", "below + tl.exp(-0.5 * z * z) * _DENSITY"),
+    ("(1.0 + z * z * (3.0 * _CUBE)) * (2.0 * _SCALE)", "(1.0 + z * z * _CUBE) * (2.0 * _SCALE)"),
+    ("cast(d * value, dtype)", "cast(d * value * up, dtype)"),
+    (
+        "tl.store(product_ptr + start + where, cast(value * up, dtype)",
+        "tl.store(product_ptr + start + where, cast(value, dtype)",
+    ),
+)
+
+_OVER_ONE_X = [
+    *_mutants(
+        "shrink.py",
+        ("test_projections.py",),
+        ("member, rank = ranks // PART, ranks % PART", "member, rank = ranks % PART, ranks // PART"),
+    ),
+    *_mutants(
+        "merge_parts.py",
+        ("test_projections.py",),
+        ("            pid, packed1, absmax1,", "            pid, packed1, absmax0,"),
+        ("        blocks = tl.cdiv(n2, BLOCK_N) * spans", "        blocks = tl.cdiv(n1, BLOCK_N) * spans"),
+    ),
+    *_mutants(
+        "projections.py",
+        ("test_projections.py",),
+        ("g_factor=call.scale, g_out", "g_factor=1.0, g_out"),
+        (
+            "given = backward.Given(made[i], low_rank.get(i), dx)",
+            "given = backward.Given(made[i], low_rank.get(i), None)",
+        ),
+        ("found[i] = forward.Given((h[place], mask))", "found[i] = forward.Given((h[0], mask))"),
     ),
 ]
 
@@ -357,4 +394,6 @@ MUTANTS: list[Mutant] = [
     *_WEIGHT,
     *_GROUPED,
     *_PLANS,
+    *_GATED,
+    *_OVER_ONE_X,
 ]
