@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/mutants.json"
 KERNELS = "fastlora/backends/triton"
 REQUIRED = 0.95  # of the mutants that nobody explains
-_COPIED = ("fastlora", "tests/triton", "tests/conftest.py", "pyproject.toml")
+_COPIED = ("fastlora", "tests/triton", "tests/conftest.py", "tests/projection_tools.py", "pyproject.toml")
 _TIMEOUT = 240.0
 
 
