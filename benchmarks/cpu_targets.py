@@ -42,7 +42,7 @@ from fastlora import functional
 CPU = torch.device("cpu")
 DENSE_SHAPE = (2048, 2048)
 SMALL = ((576, 576), (1536, 576), (576, 1536))  # SmolLM2-135M's, reported without a target
-LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 40, 2.5
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 7, 40, 3.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,8 @@ def lengthen(call: Callable[[int], object], copies: int, device: torch.device, m
         took = max(read() * job.calls, 1e-4)
         if took > _COLD * milliseconds:
             break  # warm it would be long enough as well
+    if took > copies * milliseconds:
+        return loop(call, 1)  # one call is long enough, and more samples say more than longer ones
     return loop(call, copies, max(1, min(64, round(milliseconds / took))))
 
 
