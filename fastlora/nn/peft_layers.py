@@ -119,7 +119,7 @@ def why_left(layer: Any) -> str:
     dtype = one.dtype
     if dtype not in FLOATS or two.dtype is not dtype:
         return "lora_A and lora_B are not plain float parameters of one dtype"
-    if "ds_id" in one.__dict__:
+    if hasattr(one, "ds_id"):
         return "DeepSpeed ZeRO-3 has partitioned the adapter"
     ignored: dict[str, str] | None = layer.__dict__.get(IGNORED)
     return ignored.get(name, "") if ignored else ""
