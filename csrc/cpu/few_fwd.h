@@ -444,7 +444,8 @@ struct FewForward {
     // How far ahead to prefetch: the same rows' next chunk; where rows are read whole, the rows after these.
     int64_t ahead_of(int64_t n0, int64_t count, int64_t k, int64_t some) const {
         const int64_t bytes = args.k / 2;
-        if (chunk >= columns) return n0 + count + 4 <= args.n ? 4 * bytes : 0;
+        const int64_t rows = max64(4, 8192 / bytes);  // short rows are over before memory has answered
+        if (chunk >= columns) return n0 + count + rows <= args.n ? rows * bytes : 0;
         if (k + some < columns) return some / 2;
         return n0 + 2 * count <= args.n ? count * bytes - k / 2 : 0;
     }

@@ -259,7 +259,7 @@ def lora_fwd(
     if not m:
         return y, h, mask, z
     keep: list[Tensor] = []
-    a32, b32, bias32, mag32, norm32 = _f32(a), _f32(b), None, None, None
+    a32, b32, bias32, mag32, norm32 = _f32(a if r else None), _f32(b if r else None), None, None, None
     places, outputs = (0, 0, 0), (y.data_ptr(), 0, 0, 0)  # of what most calls have none
     if bias is not None or dora:
         bias32 = _f32(bias)
@@ -268,7 +268,7 @@ def lora_fwd(
     if train:
         outputs = (outputs[0], _address(h), _address(mask), _address(z))
     sizes = (m, n, k, r, _DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
-    operands = (x.data_ptr(), a32.data_ptr(), b32.data_ptr(), *places)
+    operands = (x.data_ptr(), _address(a32), _address(b32), *places)
     if (operands[0] | operands[1] | operands[2] | operands[3] | operands[4] | operands[5]) % 4:
         bias, mag, norm = (None if t is None else _moved(t) for t in (bias, mag, norm))
         adapter = (_moved(a), _moved(b), scale, mag, norm)
