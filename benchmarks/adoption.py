@@ -1,12 +1,14 @@
 """SmolLM2-135M trained by PEFT before and after `fastlora.accelerate`, from the same seed: are the losses PEFT's?
 
-    python -m benchmarks.adoption [--json FILE] [--png FILE] [--steps N] [--kinds NAME ...]
+    python -m benchmarks.adoption [--json FILE] [--png FILE] [--steps N] [--kinds NAME ...] [--group]
 
 Each kind of adapter trains four times on the same batches of the demo's text, with AdamW: PEFT's own layers on one
 thread (the reference), on two threads, with a random half of every adapted output moved by one unit in its last place,
 and accelerated. At every step the accelerated loss may differ from the reference by 3 times the largest difference that
 PEFT's other two runs have shown up to that step. With dropout, PEFT drops by our masks and scale, since the streams of
-the two differ. Adapters and compute are fp32; the loss is taken in float64, so that its own rounding hides nothing.
+the two differ. Adapters are fp32, and so is compute but where a kind says bf16 (under autocast, as PEFT trains in 16
+bits); the loss is taken in float64, so that its own rounding hides nothing. `--group` also groups the layers that share
+an input and fuses the gated MLPs: `GROUPED` kinds, rank 16, files `grouped.json` and `grouped.png`.
 
 The whole takes some forty minutes of one core. SmolLM2 has no biases in its linears, so `bias="all"` has nothing to
 train here: tests/test_accelerate_training.py runs it on a model that has.
@@ -31,10 +33,11 @@ from torch import Tensor, nn
 import fastlora
 from benchmarks import adoption_runs as runs
 from benchmarks.cpu_report import RESULTS, describe
-from benchmarks.step_beside_peft import IGNORE, Batch, _real, _tiny
+from benchmarks.step_beside_peft import IGNORE, Batch, _autocast, _real, _tiny
 
 SCHEMA = 1
-RANK, ALPHA, RATE, TOKENS = 8, 16, 2e-4, 100
+RANK, RATE, TOKENS = 8, 2e-4, 100
+GROUPED_RANK = 16
 # name -> (arguments of `quantized`, fields of peft.LoraConfig)
 KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "lora": (None, {}),
@@ -46,25 +49,32 @@ KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "nf4": ({"nested": False}, {}),
     "nf4 nested, dora, dropout 0.05": ({"nested": True}, {"use_dora": True, "lora_dropout": 0.05}),
 }
+# Without dropout: a group draws one seed where single layers draw one each.
+GROUPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nf4 nested": ({"nested": True}, {}),
+    "nf4 nested, dora": ({"nested": True}, {"use_dora": True}),
+    "nf4 nested, bf16": ({"nested": True, "compute": torch.bfloat16}, {}),
+}
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy per target token, in float64; the output head runs on the targets alone."""
     inner = model.get_base_model()
-    hidden = inner.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
-    wanted = batch.labels[:, 1:] != IGNORE
-    logits = inner.lm_head(hidden[:, :-1][wanted])
+    with _autocast(inner.dtype):
+        hidden = inner.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
+        wanted = batch.labels[:, 1:] != IGNORE
+        logits = inner.lm_head(hidden[:, :-1][wanted])
     return nn.functional.cross_entropy(logits.double(), batch.labels[:, 1:][wanted])
 
 
 def adapted(model: nn.Module, kind: str) -> Any:
     """A seeded PeftModel of a copy of the model."""
-    quant, fields = KINDS[kind]
+    (quant, fields), rank = (GROUPED[kind], GROUPED_RANK) if kind in GROUPED else (KINDS[kind], RANK)
     base: Any = copy.deepcopy(model)
     if quant is not None:
-        base = runs.quantized(base, **quant)
+        base = runs.quantized(base.to(quant.get("compute", torch.float32)), **quant)
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=runs.LINEARS, **fields)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=runs.LINEARS, **fields)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="peft")
         return peft.get_peft_model(base, config)
@@ -113,7 +123,7 @@ def measure(kinds: Sequence[str], steps: int, tiny: bool, group: bool = False) -
     """Everything, as JSON types; says on stderr how far it is."""
     started = time.perf_counter()
     model, batches = _tiny() if tiny else _real(TOKENS)
-    results = []
+    results, rank = [], GROUPED_RANK if group else RANK
     for kind in kinds:
         results.append(compare(model, [batches[step % len(batches)] for step in range(steps)], kind, group))
         print(f"{kind}: {results[-1]['seconds']} s", file=sys.stderr, flush=True)
@@ -122,7 +132,7 @@ def measure(kinds: Sequence[str], steps: int, tiny: bool, group: bool = False) -
         "mode": "tiny" if tiny else "cpu",
         "model": "two small random layers" if tiny else "SmolLM2-135M",
         "base_bias": "none: the model's linears have no bias",
-        "adapter": {"r": RANK, "lora_alpha": ALPHA, "lr": RATE, "optimizer": "AdamW"},
+        "adapter": {"r": rank, "lora_alpha": 2 * rank, "lr": RATE, "optimizer": "AdamW"},
         "batch": {"sequences": batches[0].ids.shape[0], "tokens": [batch.ids.numel() for batch in batches[:steps]]},
         "factor": runs.FACTOR,
         "seconds": round(time.perf_counter() - started, 1),
@@ -192,30 +202,32 @@ def draw(report: dict[str, Any], path: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write; 1 if any kind is too far from PEFT."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adoption", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, default=RESULTS / "adoption.json")
-    parser.add_argument("--png", type=Path, default=RESULTS / "adoption.png")
-    parser.add_argument("--steps", type=int, default=50, help="of each run")
-    parser.add_argument("--kinds", choices=tuple(KINDS), nargs="+", default=tuple(KINDS))
-    parser.add_argument("--group", action="store_true", help="group layers; only without dropout, whose masks differ")
+    parser.add_argument("--json", type=Path, help="default: adoption.json or grouped.json in benchmarks/results")
+    parser.add_argument("--png", type=Path, help="default: beside it")
+    parser.add_argument("--steps", type=int, help="of each run; default 50, grouped 100")
+    parser.add_argument("--kinds", choices=(*KINDS, *GROUPED), nargs="+", help="default: all")
+    parser.add_argument("--group", action="store_true", help="group layers, kinds without dropout")
     parser.add_argument("--tiny", action="store_true", help="a made-up small model; needs --json and --png")
     chosen = parser.parse_args(arguments)
-    if chosen.steps < 1:
-        parser.error("--steps must be at least 1")
-    if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
+    name, known, steps = ("grouped", GROUPED, 100) if chosen.group else ("adoption", KINDS, 50)
+    files = [chosen.json or RESULTS / f"{name}.json", chosen.png or RESULTS / f"{name}.png"]
+    if chosen.tiny and any(file.resolve().parent == RESULTS for file in files):
         parser.error("--tiny is no measurement: say with --json and --png where its files go")
-    kinds = tuple(dict.fromkeys(chosen.kinds))
-    if chosen.group:
-        kinds = tuple(kind for kind in kinds if "dropout" not in kind)
-        if not kinds or (RESULTS / "adoption.json").resolve() == chosen.json.resolve():
-            parser.error("--group takes kinds without dropout, and --json and --png of its own")
+    steps = steps if chosen.steps is None else chosen.steps
+    if steps < 1:
+        parser.error("--steps must be at least 1")
+    kinds = tuple(dict.fromkeys(chosen.kinds or known))
+    if wrong := [kind for kind in kinds if kind not in known]:
+        way = "with --group" if chosen.group else "without --group"
+        parser.error(f"{way} the kinds are {', '.join(known)}; got {wrong[0]}")
     try:
-        report = measure(kinds, chosen.steps, chosen.tiny, chosen.group)
+        report = measure(kinds, steps, chosen.tiny, chosen.group)
     except (fastlora.FastloraError, RuntimeError) as error:
         print(f"adoption: {error}", file=sys.stderr)
         return 1
     print(table(report))
-    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if not draw(report, chosen.png):
+    files[0].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if not draw(report, files[1]):
         print("no plot: matplotlib is not installed", file=sys.stderr)
     return 0 if all(entry["ok"] for entry in report["results"]) else 1
 

@@ -186,6 +186,34 @@ def adoption(found: dict[str, Any]) -> str:
     return f"{lead}\n\n{table(head, rows)}"
 
 
+def block(found: dict[str, Any]) -> str:
+    """Whole training steps with grouped layers, and what the adapters keep for the backward."""
+    rows = []
+    for line in found["results"]:
+        seconds, added = line["seconds"], line["memory"]["adapters"]
+        rows.append(
+            [
+                f"{line['model']}, {line['shape']}, {line['setting']}",
+                *(figure(seconds.get(name)) for name in ("fastlora", "peft", "frozen")),
+                ratio(line["peft_over_fastlora"]),
+                f"≥ {line['goal']:g}",
+                f"{line['fastlora_over_frozen']:.2f}",
+                *(f"{added[name] / 1e6:.0f}" if name in added else None for name in ("fastlora", "peft")),
+            ]
+        )
+    head = ["model, batch × tokens, compute", "fastlora, s", "PEFT, s", "frozen, s", "PEFT / ours", "goal"]
+    text = table([*head, "ours / frozen", "adapters keep, MB", "PEFT's, MB"], rows)
+    if found["launches"]:
+        lines = []
+        for name, ways in found["launches"]["settings"].items():
+            lines.append([name, *(ways[way]["kernels"] for way in ("forward", "backward"))])
+        budget = found["launches"]["budget"]
+        lines.append(["goal for QLoRA", f"≤ {budget['forward']}", f"≤ {budget['backward']}"])
+        text += "\n\nKernels of one layer's seven projections and its activation on a GPU, counted, not timed:\n\n"
+        text += table(["setting", "forward", "backward"], lines)
+    return text
+
+
 def adalora(found: dict[str, Any]) -> str:
     """A step of AdaLoRA beside LoRA's and PEFT's."""
     names = ("fastlora LoRA", "fastlora AdaLoRA", "PEFT AdaLoRA")
@@ -300,8 +328,10 @@ KNOWN: dict[str, tuple[str, str, Section]] = {
         cpu_targets,
     ),
     "step_beside_peft": ("A training step of a whole model", "`make bench-step`", step_beside_peft),
+    "block": ("A training step with grouped layers", "`python -m benchmarks.block`", block),
     "many_adapters": ("Many adapters in one batch", "`python -m benchmarks.many_adapters`", many_adapters),
     "adoption": ("Before and after accelerate", "`python -m benchmarks.adoption`", adoption),
+    "grouped": ("Before and after, grouped", "`python -m benchmarks.adoption --group`", adoption),
     "adalora": ("AdaLoRA", "`python -m benchmarks.adalora`", adalora),
     "moe": ("Mixtures of LoRA experts", "`make bench-moe`", moe),
     "host_time": ("What calling a layer costs", "`python -m benchmarks.host_time`", host_time),

@@ -35,6 +35,22 @@ def test_every_kind_runs_and_is_written(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_grouped_kinds_run_grouped(tmp_path):
+    assert adoption.main(arguments(tmp_path, "--group", "--steps", "2")) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [entry["kind"] for entry in report["results"]] == list(adoption.GROUPED)
+    assert report["adapter"]["r"] == adoption.GROUPED_RANK
+    assert all(entry["layers_grouped"] == 12 for entry in report["results"])  # all but o_proj, in two layers
+    assert all(0 < entry["largest_allowed"] < 1e-2 for entry in report["results"])
+
+
+def test_kinds_are_of_their_way(tmp_path, capsys):
+    for more, way in ((("--group", "--kinds", "lora"), "with --group"), (("--kinds", "nf4 nested"), "without --group")):
+        with pytest.raises(SystemExit):
+            adoption.main(arguments(tmp_path, *more))
+        assert f"{way} the kinds are" in capsys.readouterr().err
+
+
 def test_a_scale_off_by_a_thousandth_is_too_far(tmp_path, monkeypatch):
     accelerate = adoption.fastlora.accelerate
 
@@ -83,11 +99,14 @@ def test_a_tiny_run_does_not_overwrite_the_results():
         adoption.main(["--tiny"])
 
 
-def test_the_committed_result_is_whole():
-    report = json.loads((RESULTS / "adoption.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "kinds", "steps"), [("adoption", adoption.KINDS, 50), ("grouped", adoption.GROUPED, 100)]
+)
+def test_the_committed_result_is_whole(name, kinds, steps):
+    report = json.loads((RESULTS / f"{name}.json").read_text())
     assert report["mode"] == "cpu"
-    assert [entry["kind"] for entry in report["results"]] == list(adoption.KINDS)
-    assert max(entry["steps"] for entry in report["results"]) == 50
+    assert [entry["kind"] for entry in report["results"]] == list(kinds)
+    assert max(entry["steps"] for entry in report["results"]) == steps
     for entry in report["results"]:
         losses = entry["losses"]
         allowed = adoption_runs.allowance(losses["peft"], losses["peft_two_threads"], losses["peft_nudged"])
