@@ -62,7 +62,7 @@ def held(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], An
                 counted[inside[-1]] += storage.nbytes()
             else:
                 rest += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that kept its own output, gradient and all, would never be freed
 
     handles = []
     for name, layer in layers.items():
