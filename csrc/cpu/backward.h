@@ -2,6 +2,7 @@
 //     g = dyc b     db = s dyc^T h     da = s keep_scale g^T (mask o x)     dbias = sum dy     dmag = sum dy o z / norm
 //     dx = dyc w + s keep_scale mask o (g a)
 //     DoRA, own drop:  dx = dy w + keep_scale mask o ((dyc - dy) w + s g a)
+// Where it can, c is multiplied into what dy meets, w and b, so that dy is read as it lies.
 // dx is cut by columns of w, da by columns of x, db by columns of dy: no two threads add to one number.
 #ifndef FASTLORA_CPU_BACKWARD_H
 #define FASTLORA_CPU_BACKWARD_H
@@ -10,10 +11,11 @@ namespace {
 
 template <bool PAIR>
 struct Backward {
+    enum { AHEAD = 8 };  // rows asked for before: each is a stretch of its own, too short for the hardware to foresee
     const Args& args;
     Shared& shared;
     const int64_t units, rank, panels, features, depth;
-    const bool drop, dora, twice, need_dx, need_g, direct;
+    const bool drop, dora, twice, on_weight, need_dx, need_g, own_b, direct;  // on_weight: c is multiplied into w
     const int64_t stride;  // of a readable row of dy
     // shared; b_rows [n][rank], g_rows and h_rows [m][rank], scaled_g [tokens][rank], copies of dy and of the other
     // operand of the base [tokens][stride]
@@ -32,15 +34,17 @@ struct Backward {
           drop(args.flags & DROPOUT),
           dora(args.flags & DORA),
           twice(two_bases(args)),
+          on_weight(dora && !twice && !(PAIR && args.kind == DENSE)),
           need_dx(args.flags & NEED_DX),
           need_g(args.flags & (NEED_DX | NEED_DA)),
-          direct(readable<PAIR>(args.dtype, args.n) && (!dora || twice)),
+          own_b(need_g && (dora || rank != args.r)),
+          direct(readable<PAIR>(args.dtype, args.n) && (!dora || twice || on_weight)),
           stride(readable<PAIR>(args.dtype, args.n) ? units : padded_units(units)) {}
 
     int64_t carve_shared(float* base) {
         Arena arena(base);
         const int64_t wide = chunk_tokens(args);
-        b_rows = arena.take(need_g && rank != args.r ? args.n * rank : 0);
+        b_rows = arena.take(own_b ? args.n * rank : 0);
         g_rows = arena.take(need_g ? args.m * rank : 0);
         h_rows = arena.take((args.flags & NEED_DB) && rank != args.r ? args.m * rank : 0);
         scaled_g = arena.take(need_dx ? wide * rank : 0);
@@ -68,44 +72,44 @@ struct Backward {
 
     void prepare(int64_t index) {  // pieces of 1024 rows of whatever must be padded, expanded or divided
         const int64_t from = index * 1024;
-        if (need_g && rank != args.r) pad_rows(args.b, from, min64(args.n, from + 1024), b_rows);
-        if ((args.flags & NEED_DB) && rank != args.r) pad_rows(args.h, from, min64(args.m, from + 1024), h_rows);
-        if (need_dx && args.absmax_codes && from < blocks())
-            scales_of(args, from, min64(blocks(), from + 1024), all_scales + from);
         if (dora)
             for (int64_t i = from; i < min64(args.n, from + 1024); ++i) column[i] = args.mag[i] / args.norm[i];
+        if (own_b) pad_rows(args.b, from, min64(args.n, from + 1024), dora ? column : nullptr, b_rows);
+        if ((args.flags & NEED_DB) && rank != args.r) pad_rows(args.h, from, min64(args.m, from + 1024), nullptr, h_rows);
+        if (need_dx && args.absmax_codes && from < blocks())
+            scales_of(args, from, min64(blocks(), from + 1024), all_scales + from);
     }
 
-    void pad_rows(const float* src, int64_t first, int64_t last, float* dst) {
-        for (int64_t i = first; i < last; ++i)
-            for (int64_t j = 0; j < rank; ++j) dst[i * rank + j] = j < args.r ? src[i * args.r + j] : 0;
+    void pad_rows(const float* src, int64_t first, int64_t last, const float* factors, float* dst) {
+        for (int64_t i = first; i < last; ++i) {
+            const float factor = factors ? factors[i] : 1.0f;
+            for (int64_t j = 0; j < rank; ++j) dst[i * rank + j] = j < args.r ? src[i * args.r + j] * factor : 0;
+        }
     }
 
-    // Columns [n0, n0 + count) of a token's dy: row becomes dyc; readable copies go where they are needed.
+    // Columns [n0, n0 + count) of a token's dy as fp32 in `row`; readable copies, of dy or dyc, go where they are needed.
     void take_row(int64_t token, int64_t t, int64_t n0, int64_t count, float* row, float* other) {
         const int64_t at = t * stride + (PAIR ? n0 / 2 : n0);
         to_f32(args.dy, args.dtype, token * args.n + n0, count, row);
-        if (need_dx && twice) {
-            if (!direct) put_row<PAIR>(row, count, copy + at);
-            for (int64_t i = 0; i < count; ++i) other[i] = row[i] * (column[n0 + i] - 1.0f);
-            put_row<PAIR>(other, count, copy_drop + at);
-        }
-        if (dora)
-            for (int64_t i = 0; i < count; ++i) row[i] *= column[n0 + i];
-        if (need_dx && !twice && !direct) put_row<PAIR>(row, count, copy + at);
+        if (!need_dx) return;
+        const bool times_c = dora && !twice && !on_weight;
+        if (!direct && !times_c) put_row<PAIR>(row, count, copy + at);
+        if (!twice && !times_c) return;
+        for (int64_t i = 0; i < count; ++i) other[i] = row[i] * (column[n0 + i] - (twice ? 1.0f : 0.0f));
+        put_row<PAIR>(other, count, (twice ? copy_drop : copy) + at);
     }
 
     // g of a piece of tokens, and their readable rows.
     void form_g(const Chunk& chunk, int64_t piece) {
         const int64_t t0 = piece * PIECE, tokens = min64(PIECE, chunk.count - t0), row0 = chunk.first + t0;
-        const float* b = rank != args.r ? b_rows : args.b;
+        const float* b = own_b ? b_rows : args.b;
         float* g = g_rows + row0 * rank;
         memset(g, 0, (size_t)(tokens * rank) * 4);
         for (int64_t n0 = 0; n0 < args.n; n0 += DEPTH) {
             const int64_t count = min64(DEPTH, args.n - n0);
             const float* dy = (const float*)args.dy + row0 * args.n + n0;
             int64_t ld = args.n;
-            if (args.dtype != F32 || dora || crowded(args.n)) {
+            if (args.dtype != F32 || (need_dx && !direct) || twice || crowded(args.n)) {
                 for (int64_t t = 0; t < tokens; ++t)
                     take_row(row0 + t, t0 + t, n0, count, rows + t * DEPTH, rows + (PIECE + t) * DEPTH);
                 dy = rows, ld = DEPTH;
@@ -121,6 +125,7 @@ struct Backward {
         const float* dy = direct ? (const float*)args.dy + chunk.first * stride : copy;
         Source source(args);
         if (args.absmax_codes) source.scales = all_scales;
+        if (on_weight) source.factors = column;
         if (!units) {  // a layer without outputs
             memset(c1, 0, (size_t)(chunk.count * features) * 4);
             if (drop) memset(c2, 0, (size_t)(chunk.count * features) * 4);
@@ -152,17 +157,26 @@ struct Backward {
         from_f32(dx, count, args.dx, args.dtype, row * args.k + k0);
     }
 
+    // `count` numbers of x, dy or z as fp32: where they lie, if they do and whole vectors may be read, or in `buffer`.
+    const float* row_at(const void* src, int64_t from, int64_t count, float* buffer) {
+        if (args.dtype == F32 && count % W == 0) return (const float*)src + from;
+        to_f32(src, args.dtype, from, count, buffer);
+        return buffer;
+    }
+
     // Tokens [m0, m0 + depth) by columns [from, from + count) of x or dy in groups of W lanes: [LANES / W][DEPTH][W].
     void take_lanes(const void* src, int64_t columns, int64_t m0, int64_t tokens, int64_t from, int64_t count,
                     const uint8_t* mask) {
-        enum { AHEAD = 8 };  // rows: each is a stretch of its own, too short for the hardware to foresee
         float row[LANES] = {};
         for (int64_t t = 0; t < tokens; ++t) {
             const char* ahead = (const char*)at(src, args.dtype, (m0 + t + AHEAD) * columns + from);
             for (int64_t i = 0; i < count * item_size(args.dtype); i += 64) __builtin_prefetch(ahead + i);
-            to_f32(src, args.dtype, (m0 + t) * columns + from, count, row);
-            if (mask) apply_mask(row, mask + (m0 + t) * ceil_div(columns, 8), from, count, row);
-            for (int64_t j = 0; j < count; j += W) vstore(lanes + j * DEPTH + t * W, vload(row + j));
+            const float* values = row_at(src, (m0 + t) * columns + from, count, row);
+            if (mask) {
+                apply_mask(values, mask + (m0 + t) * ceil_div(columns, 8), from, count, row);
+                values = row;
+            }
+            for (int64_t j = 0; j < count; j += W) vstore(lanes + j * DEPTH + t * W, vload(values + j));
         }
     }
 
@@ -208,16 +222,20 @@ struct Backward {
     // total += sum over the block's tokens of dy, or of dy o z: a partial sum a block keeps long sums accurate.
     void add_column_sums(int64_t m0, int64_t tokens, int64_t n0, int64_t count, bool times_z, float* block,
                          float* total) {
-        float dy[LANES], z[LANES];
+        float dy_buffer[LANES] = {}, z_buffer[LANES] = {};
         memset(block, 0, LANES * 4);
         for (int64_t t = 0; t < tokens; ++t) {
-            to_f32(args.dy, args.dtype, (m0 + t) * args.n + n0, count, dy);
-            if (times_z) {
-                to_f32(args.z, args.dtype, (m0 + t) * args.n + n0, count, z);
-                for (int64_t i = 0; i < count; ++i) block[i] += dy[i] * z[i];
-            } else {
-                for (int64_t i = 0; i < count; ++i) block[i] += dy[i];
+            const int64_t from = (m0 + t) * args.n + n0;
+            const float* dy = row_at(args.dy, from, count, dy_buffer);
+            if (!times_z) {
+                for (int64_t i = 0; i < count; i += W) vstore(block + i, vadd(vload(block + i), vload(dy + i)));
+                continue;
             }
+            const char* ahead = (const char*)at(args.z, args.dtype, from + AHEAD * args.n);
+            for (int64_t i = 0; i < count * item_size(args.dtype); i += 64) __builtin_prefetch(ahead + i);
+            const float* z = row_at(args.z, from, count, z_buffer);
+            for (int64_t i = 0; i < count; i += W)
+                vstore(block + i, vfma(vload(dy + i), vload(z + i), vload(block + i)));
         }
         for (int64_t i = 0; i < count; ++i) total[i] += block[i];
     }

@@ -27,6 +27,7 @@ struct Source {
     int shift;
     const float* scales;
     int64_t first;
+    const float* factors = nullptr;  // of the rows, if they are to be multiplied; not for dense bf16 pairs
     explicit Source(const Args& a)
         : args(a),
           codes(code_of(a)),
@@ -40,16 +41,24 @@ struct Source {
         scales_of(args, first, ((to - 1) >> shift) + 1, buffer);
         scales = buffer;
     }
+    FL_MEMBER float scale(int64_t block, int64_t row) const {
+        return factors ? scales[block - first] * factors[row] : scales[block - first];
+    }
 };
 
-// w[row, from .. to) as fp32.
+// w[row, from .. to) as fp32, times the row's factor.
 static void read_f32(const Source& s, int64_t row, int64_t from, int64_t to, float* dst) {
     int64_t flat = row * s.args.k + from;
     const int64_t end = row * s.args.k + to;
-    if (s.args.kind == DENSE) return to_f32(s.args.dense, s.args.dtype, flat, end - flat, dst);
+    if (s.args.kind == DENSE) {
+        to_f32(s.args.dense, s.args.dtype, flat, end - flat, dst);
+        if (s.factors)
+            for (int64_t i = 0; i < end - flat; ++i) dst[i] *= s.factors[row];
+        return;
+    }
     while (flat < end) {
         const int64_t block = flat >> s.shift, stop = min64(end, (block + 1) << s.shift);
-        span_f32<false>(s.codes, s.scales[block - s.first], s.args.packed, flat, stop - flat, dst);
+        span_f32<false>(s.codes, s.scale(block, row), s.args.packed, flat, stop - flat, dst);
         dst += stop - flat;
         flat = stop;
     }
@@ -65,7 +74,7 @@ static void read_bf16(const Source& s, int64_t row, int64_t from, int64_t to, ui
     }
     while (flat < end) {
         const int64_t block = flat >> s.shift, stop = min64(end, (block + 1) << s.shift);
-        span_16<false, true>(s.codes, s.scales[block - s.first], s.args.packed, flat, stop - flat, BF16, dst);
+        span_16<false, true>(s.codes, s.scale(block, row), s.args.packed, flat, stop - flat, BF16, dst);
         dst += stop - flat;
         flat = stop;
     }
@@ -111,8 +120,8 @@ static void panel_fwd(const Source& s, int64_t n0, int64_t lanes, int64_t from, 
     transpose(rows, lanes, units, LD, dst, width);
 }
 
-// Backward panel: rows n0 .. n1 of w by columns [k0, k0 + lanes), [units][width]; PAIR: bf16 pairs along n, padded with
-// 0.
+// Backward panel: rows n0 .. n1 of w by columns [k0, k0 + lanes), times the rows' factors, [units][width]; PAIR: bf16
+// pairs along n, padded with 0.
 template <bool PAIR>
 static void panel_bwd(const Source& s, int64_t n0, int64_t n1, int64_t k0, int64_t lanes, int64_t width, float* dst) {
     uint16_t low[PANEL], high[PANEL];
@@ -123,16 +132,17 @@ static void panel_bwd(const Source& s, int64_t n0, int64_t n1, int64_t k0, int64
         const uint8_t* packed = s.args.packed + n0 * bytes + (k0 >> 1);
         const float* scales = s.scales - s.first + n0 * row_blocks;
         for (; n0 + PAIR < n1; n0 += 1 + PAIR, dst += width) {
+            const float one = s.factors ? s.factors[n0] : 1.0f, two = s.factors && PAIR ? s.factors[n0 + 1] : 1.0f;
             for (int64_t j = 0; j < lanes;) {
                 const int64_t block = (k0 + j) >> s.shift, count = min64(lanes, ((block + 1) << s.shift) - k0) - j;
                 const uint8_t* p = packed + (j >> 1);
                 __builtin_prefetch(p + AHEAD * bytes);
                 if (PAIR) {
                     __builtin_prefetch(p + (AHEAD + 1) * bytes);
-                    span_two_rows(s.codes, scales[block], scales[block + row_blocks], p, p + bytes, count,
+                    span_two_rows(s.codes, scales[block] * one, scales[block + row_blocks] * two, p, p + bytes, count,
                                   (uint32_t*)dst + j);
                 } else {
-                    span_f32<false>(s.codes, scales[block], p, 0, count, dst + j);
+                    span_f32<false>(s.codes, scales[block] * one, p, 0, count, dst + j);
                 }
                 j += count;
             }
