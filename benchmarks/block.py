@@ -9,6 +9,10 @@ parity: the loss of one batch without dropout, and in fp32 the adapters' gradien
 clipping and AdamW; the frozen model (dense, unquantized, nothing trains) goes forward and backward to its embeddings.
 The forward that measures memory is everybody's warm-up; `--warm` adds rounds.
 
+Beside every goal stands its bound: PEFT's time over the least time of a step here, which is the frozen model's products
+(every linear, forward and gradient of its input) at the best rate that anybody shows, and all that the frozen model
+does besides as long as torch takes for it. A free adapter over free weights would reach it, and nothing else can.
+
 In bf16 one loss says little: these models, with random B, amplify rounding. So their own sensitivity is measured: the
 fp32 loss again with every adapted output moved at random to one of its two bf16 neighbours, twice. Both
 libraries' bf16 losses must be within `FACTOR` times the larger of these moves of the fp32 loss (or `LEAST`, which two
@@ -36,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from benchmarks import cpu_targets
 from benchmarks import step_beside_peft as steps
 from benchmarks.cpu_report import RESULTS, ROOT, describe
 from benchmarks.step_beside_peft import FLOOR, OURS, PEFT, Batch
@@ -184,6 +189,30 @@ def memory(contenders: dict[str, nn.Module], batch: Batch, compute: torch.dtype)
     return found
 
 
+def flops(model: nn.Module, batch: Batch) -> float:
+    """Floating-point operations of all linears, forward and gradient of their inputs."""
+    found = 0.0
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            tokens = int((batch.labels[:, 1:] != steps.IGNORE).sum()) if module is head else batch.ids.numel()
+            found += 4.0 * tokens * module.weight.numel()
+    return found
+
+
+def share_of_products(step: Any, batch: Batch) -> float:
+    """How much of a step torch spends in matrix products."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        step(batch)
+    spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    return sum(spent.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm")) / sum(spent.values())
+
+
+def least_seconds(work: float, frozen: float, share: float, rate: float) -> float:
+    """Of a step: its products at the best rate, the given one or the frozen model's own, and the rest of frozen's."""
+    return work / max(rate, work / (frozen * share)) + frozen * (1 - share)
+
+
 def take_turns(trainers: dict[str, Any], batches: list[Batch], options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each contender's steps, in turns on the same batches; the order rotates by one each round."""
     names, times = list(trainers), {name: [] for name in trainers}
@@ -198,7 +227,7 @@ def take_turns(trainers: dict[str, Any], batches: list[Batch], options: argparse
 
 
 def setting(
-    name: str, model: nn.Module, batches: list[Batch], fp32: Any, options: argparse.Namespace
+    name: str, model: nn.Module, batches: list[Batch], fp32: Any, rates: dict[str, float], options: argparse.Namespace
 ) -> dict[str, Any]:
     """One compute dtype and method on one model and shape."""
     kind, dora, goal = SETTINGS[name]
@@ -217,6 +246,9 @@ def setting(
     trainers[FLOOR] = steps.frozen(floor, compute)
     kept = memory(contenders | {FLOOR: floor}, batches[0], compute)
     times = take_turns(trainers, batches, options)
+    seconds = {each: statistics.median(values) for each, values in times.items()}
+    work, share = flops(floor, batches[0]), share_of_products(trainers[FLOOR], batches[0])
+    least = least_seconds(work, seconds[FLOOR], share, rates[str(compute).removeprefix("torch.")])
 
     def over(other: str) -> float | None:
         ratios = [theirs / mine for theirs, mine in zip(times.get(other, []), times[OURS], strict=False)]
@@ -225,9 +257,12 @@ def setting(
     report = fastlora.report(ours)
     return {
         "setting": name,
-        "seconds": {each: statistics.median(values) for each, values in times.items()},
+        "seconds": seconds,
         "peft_over_fastlora": over(PEFT),
         "goal": goal,
+        "bound": seconds[PEFT] / least if PEFT in seconds else None,
+        "least_seconds": least,
+        "products": {"flops": work, "share_of_frozen": share},
         "fastlora_over_frozen": 1 / over(FLOOR),  # type: ignore[operator]
         "rounds": len(times[OURS]),
         "grouped": sum(bool(row.group) for row in report),
@@ -258,7 +293,7 @@ def launches() -> dict[str, Any]:
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """Everything, as JSON types; says on stderr how far it is."""
     torch.set_num_threads(chosen.threads)
-    started, results = time.perf_counter(), []
+    started, results, rates = time.perf_counter(), [], cpu_targets.machine(chosen.threads, chosen.tiny)
     for name in chosen.models:
         model, ids = load(name, chosen.tiny)
         for shape in chosen.shapes:
@@ -269,7 +304,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
                 fp32 = sensitivity(judge, batches[0])
                 del judge
             for each in chosen.settings:
-                entry = setting(each, model, batches, fp32, chosen)
+                entry = setting(each, model, batches, fp32, rates, chosen)
                 results.append({"model": name, "shape": shape} | entry)
                 print(f"{name} {shape} {each}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return {
@@ -277,6 +312,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "mode": "tiny" if chosen.tiny else "cpu",
         "threads": chosen.threads,
         "adapter": {"r": RANK, "lora_alpha": ALPHA},
+        "rates": {name: rates[name] for name in ("float32", "bfloat16")},
         "launches": None if chosen.tiny else launches(),
         "seconds": round(time.perf_counter() - started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -294,12 +330,26 @@ def _number(value: float | None, form: str = ".2f") -> str:
 
 def table(report: dict[str, Any]) -> str:
     """The short form, for the terminal."""
-    head = ("", "ours s", "peft s", "frozen s", "peft/ours", "goal", "ours/frozen", "adapters' MB", "PEFT's", "ratio")
-    lines = [f"{head[0]:<28}" + "".join(f"{cell:>13}" for cell in head[1:])]
+    head = (
+        "",
+        "ours s",
+        "peft s",
+        "frozen s",
+        "peft/ours",
+        "goal",
+        "bound",
+        "ours/frozen",
+        "adapters' MB",
+        "PEFT's",
+        "ratio",
+    )
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in report["rates"].items())
+    lines = [f"{report['threads']} thread(s); products at best, Gflop/s: {rates}"]
+    lines.append(f"{head[0]:<28}" + "".join(f"{cell:>13}" for cell in head[1:]))
     for entry in report["results"]:
         seconds, added = entry["seconds"], entry["memory"]["adapters"]
         cells = [_number(seconds.get(name)) for name in (OURS, PEFT, FLOOR)]
-        cells += [_number(entry[name]) for name in ("peft_over_fastlora", "goal", "fastlora_over_frozen")]
+        cells += [_number(entry[name]) for name in ("peft_over_fastlora", "goal", "bound", "fastlora_over_frozen")]
         cells += [_number(None if name not in added else added[name] / 1e6, ".1f") for name in (OURS, PEFT)]
         cells.append(_number(entry["memory"]["ratio"]))
         name = f"{entry['model']} {entry['shape']} {entry['setting']}"
@@ -360,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS / "block.json")
     parser.add_argument("--png", type=Path, default=RESULTS / "block.png")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2, help="of each setting")
+    parser.add_argument("--rounds", type=int, default=5, help="of each setting")
     parser.add_argument("--warm", type=int, default=0, help="rounds before those")
     parser.add_argument("--models", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--shapes", choices=tuple(SHAPES), nargs="+", default=tuple(SHAPES))

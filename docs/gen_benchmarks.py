@@ -197,12 +197,13 @@ def block(found: dict[str, Any]) -> str:
                 *(figure(seconds.get(name)) for name in ("fastlora", "peft", "frozen")),
                 ratio(line["peft_over_fastlora"]),
                 f"≥ {line['goal']:g}",
+                figure(line["bound"]),
                 f"{line['fastlora_over_frozen']:.2f}",
                 *(f"{added[name] / 1e6:.0f}" if name in added else None for name in ("fastlora", "peft")),
             ]
         )
     head = ["model, batch × tokens, compute", "fastlora, s", "PEFT, s", "frozen, s", "PEFT / ours", "goal"]
-    text = table([*head, "ours / frozen", "adapters keep, MB", "PEFT's, MB"], rows)
+    text = table([*head, "bound", "ours / frozen", "adapters keep, MB", "PEFT's, MB"], rows)
     if found["launches"]:
         lines = []
         for name, ways in found["launches"]["settings"].items():

@@ -50,7 +50,17 @@ def test_tiny_run(tmp_path, capsys):
         assert kept["adapters"][OURS] == kept[OURS] - kept[FLOOR]
         assert kept["ratio"] <= block.MEMORY_GOAL
         assert entry["parity"]["allowed"] >= 0.02
+        # Two layers of q, o 64 x 64, k, v 64 x 32, gate, up, down 64 x 128, 16 tokens; the head of 96 on 14 targets.
+        assert entry["products"]["flops"] == 4 * (16 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 14 * 96 * 64)
+        assert 0 < entry["products"]["share_of_frozen"] < 1
+        assert entry["bound"] == entry["seconds"][PEFT] / entry["least_seconds"]
     assert "tinyllama 8x64 bf16" in capsys.readouterr().out
+
+
+def test_least_time_of_a_step():
+    # 0.8 of 10 s are products of 100 flop at 12.5 flop/s; somebody shows 25, nobody slower counts.
+    assert block.least_seconds(100.0, 10.0, 0.8, 25.0) == pytest.approx(4.0 + 2.0)
+    assert block.least_seconds(100.0, 10.0, 0.8, 5.0) == pytest.approx(10.0)
 
 
 def test_parity_fails_where_the_models_differ():

@@ -75,7 +75,8 @@ struct Backward {
         if (dora)
             for (int64_t i = from; i < min64(args.n, from + 1024); ++i) column[i] = args.mag[i] / args.norm[i];
         if (own_b) pad_rows(args.b, from, min64(args.n, from + 1024), dora ? column : nullptr, b_rows);
-        if ((args.flags & NEED_DB) && rank != args.r) pad_rows(args.h, from, min64(args.m, from + 1024), nullptr, h_rows);
+        if ((args.flags & NEED_DB) && rank != args.r)
+            pad_rows(args.h, from, min64(args.m, from + 1024), nullptr, h_rows);
         if (need_dx && args.absmax_codes && from < blocks())
             scales_of(args, from, min64(blocks(), from + 1024), all_scales + from);
     }
@@ -87,7 +88,7 @@ struct Backward {
         }
     }
 
-    // Columns [n0, n0 + count) of a token's dy as fp32 in `row`; readable copies, of dy or dyc, go where they are needed.
+    // Columns [n0, n0 + count) of a token's dy as fp32 in `row`; readable copies of dy or dyc go where they are needed.
     void take_row(int64_t token, int64_t t, int64_t n0, int64_t count, float* row, float* other) {
         const int64_t at = t * stride + (PAIR ? n0 / 2 : n0);
         to_f32(args.dy, args.dtype, token * args.n + n0, count, row);
