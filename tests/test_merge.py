@@ -281,6 +281,9 @@ def test_merging_bad_input_changes_nothing(kind):
     if kind == "lora":
         with pytest.raises(ConfigError, match="requantize=True needs a quantized base"):
             layer.merge(requantize=True)
+    else:
+        with pytest.raises(ConfigError, match="4-bit format, dtype=torch.float32 into that: give one"):
+            layer.merge(requantize=True, dtype=torch.float32)
     assert snapshot(layer) == before
 
 

@@ -79,6 +79,19 @@ def test_one_layer_with_nan_leaves_all_unmerged(where, value, quantize):
     assert not any(layer.merged for layer in layers_of(model).values())
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_merge_that_breaks_off_leaves_all_unmerged(error, monkeypatch):
+    model = move(converted(r=4))
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(layers_of(model)[LAST], "merge", broken)
+    with unchanged(model), pytest.raises(type(error)):
+        fastlora.merge(model)
+    assert not any(layer.merged for layer in layers_of(model).values())
+
+
 def test_a_refused_merge_leaves_layers_merged_before_as_they_were():
     model = move(converted(r=4))
     layers = layers_of(model)

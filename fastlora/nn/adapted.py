@@ -163,7 +163,8 @@ class AdaptedLinear(AdapterLayer):
             requantize: quantize the merged weight to the base's 4-bit format; warns with the error that introduces.
 
         Raises:
-            ConfigError: unknown or other already merged adapters; several with DoRA; requantize over a dense base.
+            ConfigError: unknown or other already merged adapters; several with DoRA; requantize over a dense base, or
+                together with a dtype.
             ShapeError: NaN or inf. DtypeError: `dtype` is no float dtype. The layer has not changed then.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names or []))
@@ -181,6 +182,8 @@ class AdaptedLinear(AdapterLayer):
         quantized = isinstance(original, QuantizedWeight)
         if requantize and not quantized:
             raise ConfigError("requantize=True needs a quantized base")
+        if requantize and dtype is not None:
+            raise ConfigError(f"requantize=True merges into the base's 4-bit format, dtype={dtype} into that: give one")
         with torch.no_grad():
             merged = self.merged_weight(names)
             if not requantize:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastlora.config import LoraConfig, fresh_seed
-from fastlora.errors import ConfigError, FastloraError
+from fastlora.errors import ConfigError
 from fastlora.math import init
 from fastlora.nn.adapted import AdaptedLinear
 from fastlora.nn.adapters import checked_config
@@ -143,7 +143,7 @@ def _shares_nothing(name: str, config: LoraConfig) -> None:
 def merge(
     model: nn.Module, adapter_names: str | Sequence[str] | None = None, *, safe: bool = True, **keywords: Any
 ) -> None:
-    """`layer.merge` on every adapted layer; if one refuses, those already merged are unmerged again.
+    """`layer.merge` on every adapted layer; if one fails, those already merged are unmerged again.
 
     Args:
         model: with adapted layers.
@@ -157,6 +157,7 @@ def merge(
     done: list[AdaptedLinear] = []
     layers = _layers(model)
     chosen = None if adapter_names is None else _known_names(layers, adapter_names)
+    whole = False
     try:
         for layer in layers:
             names = None if chosen is None else [name for name in chosen if name in layer.lora_A]
@@ -164,10 +165,10 @@ def merge(
             layer.merge(safe, adapter_names=names, **keywords)
             if fresh:
                 done.append(layer)
-    except FastloraError:
-        for layer in done:
+        whole = True
+    finally:  # also where memory ran out, or somebody pressed Ctrl-C
+        for layer in done if not whole else ():
             layer.unmerge()
-        raise
 
 
 def unmerge(model: nn.Module) -> None:
