@@ -374,6 +374,22 @@ _OVER_ONE_X = [
         ),
         ("found[i] = forward.Given((h[place], mask))", "found[i] = forward.Given((h[0], mask))"),
     ),
+    *_mutants(
+        "projections.py",
+        ("test_recompute.py",),
+        ('weights = [w if plan == "merge" else None for w, plan', "weights = [w for w, plan"),
+    ),
+    *_mutants(
+        "forward.py",
+        ("test_recompute.py",),
+        ("merge(call._replace(given=Given(weight=w)))", "merge(call._replace(given=Given()))"),
+        ("else _empty(problem, x)), w", "else _empty(problem, x)), None"),
+    ),
+    *_mutants(
+        "backward.py",
+        ("test_recompute.py",),
+        ("_replace(given=Given(weight=merged))", "_replace(given=Given())"),
+    ),
 ]
 
 MUTANTS: list[Mutant] = [

@@ -284,6 +284,15 @@ def run(plan: str, problem: Problem, dy: Tensor, x: Tensor | None, *rest: Any) -
         return PLANS[plan](make_call(problem, dy, x, *rest))
 
 
+def merge_kept(problem: Problem, dy: Tensor, x: Tensor | None, *rest: Any) -> Outputs:
+    """`lora_bwd` by the merge plan; the last argument is the merged weight that the forward has made."""
+    *rest, merged = rest  # type: ignore[assignment]
+    if not problem.m:
+        return _zeros(problem, dy, *rest[1:3])
+    with on_device(dy):
+        return merge(make_call(problem, dy, x, *rest)._replace(given=Given(weight=merged)))
+
+
 def make_call(
     problem: Problem,
     dy: Tensor,

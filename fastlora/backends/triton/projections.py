@@ -176,6 +176,7 @@ def projections_bwd(
         return found[0][0], [grads[1:] for grads in found]
     with on_device(ones[0].args[0]):
         calls = [backward.make_call(one.problem, one.args[0], x, *one.args[1:]) for one in ones]
+        weights = [w if plan == "merge" else None for w, plan in _zip(weights, plans)]  # others want other weights
         own = [None if w is not None else _backward_part(*each) for w, each in _zip(weights, _zip(plans, calls))]
         made = [a if a is not None else b for a, b in _zip(weights, _together(own, problem.dtype))]
         keys = [_key(plan, call) for plan, call in _zip(plans, calls)]
