@@ -368,11 +368,33 @@ _OVER_ONE_X = [
         "projections.py",
         ("test_projections.py",),
         ("g_factor=call.scale, g_out", "g_factor=1.0, g_out"),
+        ("    finish_all(partial)\n", "    finish_all(partial[:1])\n"),
         (
             "given = backward.Given(made[i], low_rank.get(i), dx)",
             "given = backward.Given(made[i], low_rank.get(i), None)",
         ),
         ("found[i] = forward.Given((h[place], mask))", "found[i] = forward.Given((h[0], mask))"),
+    ),
+    *_mutants(
+        "shrink.py",
+        ("test_projections.py",),
+        ("finish(*todo[at : at + _STACKS])", "finish(*todo[: _STACKS])"),
+    ),
+    *_mutants(
+        "projections.py",
+        ("test_recompute.py",),
+        ('weights = [w if plan == "merge" else None for w, plan', "weights = [w for w, plan"),
+    ),
+    *_mutants(
+        "forward.py",
+        ("test_recompute.py",),
+        ("merge(call._replace(given=Given(weight=w)))", "merge(call._replace(given=Given()))"),
+        ("else _empty(problem, x)), w", "else _empty(problem, x)), None"),
+    ),
+    *_mutants(
+        "backward.py",
+        ("test_recompute.py",),
+        ("_replace(given=Given(weight=merged))", "_replace(given=Given())"),
     ),
 ]
 

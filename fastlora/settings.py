@@ -22,7 +22,8 @@ class Settings:
         cpu_tier: force an instruction tier of the CPU library, "avx512_bf16", "avx512", "avx2", "neon" or "scalar";
             FASTLORA_CPU_TIER.
         cpu_library: the file of another build of the CPU library, such as one with sanitizers; FASTLORA_CPU_LIBRARY.
-        low_memory: keep only the dropout seed, redraw the mask in the backward; FASTLORA_LOW_MEMORY=1.
+        low_memory: keep only the dropout seed and redraw the mask in the backward; keep no merged weight from a
+            checkpoint's second forward; FASTLORA_LOW_MEMORY=1.
         merge: allow plans that merge the adapter into the dequantized weight; FASTLORA_MERGE=0 forbids them.
         triton_interpret: Triton kernels run in its interpreter, on CPU tensors; TRITON_INTERPRET=1 at the start.
         tune: measure the able kernels of a new problem once and remember the fastest; FASTLORA_TUNE=1.

@@ -59,6 +59,8 @@ class Kernel:
         limits: what it can do.
         seconds: predicted time of a problem, for choosing among able kernels.
         plan: short word for the strategy, shown by `explain`.
+        kept: for `lora_fwd` the same with the merged weight it has made after its outputs, for `lora_bwd` the same with
+            that weight as its last argument; None where a plan makes none.
     """
 
     op: str
@@ -67,6 +69,7 @@ class Kernel:
     limits: Limits
     seconds: Callable[[Problem], float] = cost.roofline_seconds
     plan: str = "direct"
+    kept: Callable[..., Any] | None = None
 
 
 _kernels: dict[str, list[Kernel]] = {}

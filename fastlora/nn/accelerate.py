@@ -115,7 +115,7 @@ def _restore(layer: nn.Module) -> None:
         layer.__dict__.pop(attribute, None)
 
 
-def accelerate(model: Model, *, strict: bool = False, group: Any = False) -> Model:
+def accelerate(model: Model, *, strict: bool = False, group: Any = False, shared_dropout: bool = False) -> Model:
     """Let a PEFT model's LoRA layers run on our kernels; afterwards everything PEFT does works as before.
 
     `lora.Linear` over `nn.Linear` (fp32, bf16, fp16) and `lora.bnb.Linear4bit` (NF4, FP4; its bytes are shared, not
@@ -129,6 +129,7 @@ def accelerate(model: Model, *, strict: bool = False, group: Any = False) -> Mod
         strict: raise instead of leaving a layer to PEFT.
         group: also let layers that read one input be computed together (`fastlora.group`, which calls the model once):
             True, or an example of its input as a tensor, tuple or dict.
+        shared_dropout: layers of a group drop by one mask (`fastlora.group`); only with `group`.
 
     Returns:
         The same model.
@@ -136,8 +137,10 @@ def accelerate(model: Model, *, strict: bool = False, group: Any = False) -> Mod
     Raises:
         DtypeError: `group` is none of these.
         ConfigError: no PEFT layers in it, or peft is not installed; with `strict`, the layers that would be left to
-            PEFT and why, and nothing has changed.
+            PEFT and why; `shared_dropout` without `group`. Nothing has changed then.
+            Afterwards also what `fastlora.group` raises.
     """
+    groups.check_asked(group, shared_dropout)
     swapped, left = _swap_all(model)
     if left:
         lines = [f"{why} ({_some(names)})" for why, names in left.items()]
@@ -146,7 +149,7 @@ def accelerate(model: Model, *, strict: bool = False, group: Any = False) -> Mod
                 _restore(layer)
             raise ConfigError("cannot accelerate every layer: " + "; ".join(lines))
         warnings.warn("left to PEFT: " + "; ".join(lines), stacklevel=2)
-    groups.group_if_asked(model, group)
+    groups.group_if_asked(model, group, shared_dropout)
     return model
 
 

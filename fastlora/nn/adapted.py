@@ -14,14 +14,12 @@ from fastlora import backends
 from fastlora.config import LoraConfig
 from fastlora.dispatch import registry
 from fastlora.errors import ConfigError, DtypeError, ShapeError
-from fastlora.nn import loading, rows
+from fastlora.nn import explain, loading, rows
 from fastlora.nn.adapters import AdapterLayer
 from fastlora.nn.quantized import QuantizedWeight
 from fastlora.nn.sharded import refuse_sharded
 from fastlora.ops import lora
 from fastlora.ops.dora import dora_weight_norm
-from fastlora.ops.schema import flags_of, format_of
-from fastlora.problem import BIAS, DENSE, NEED_DA, NEED_DB, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN, Problem
 
 
 class AdaptedLinear(AdapterLayer):
@@ -303,32 +301,26 @@ class AdaptedLinear(AdapterLayer):
         """
         return loading.load_strictly(self, super().load_state_dict, state_dict, strict, assign)
 
-    def explain(self, tokens: int, dtype: torch.dtype = torch.float32) -> str:
-        """Which kernels a training step with `tokens` rows of `dtype` would run, and why; the dispatcher's table."""
+    def explain(
+        self, tokens: int, dtype: torch.dtype = torch.float32, *, adapter_names: Sequence[str] | None = None
+    ) -> str:
+        """Which kernels a training step would run, and why; the dispatcher's tables.
+
+        Args:
+            tokens: rows of x. dtype: of x.
+            adapter_names: of a batch that mixes these adapters; default: all rows run through the active one.
+
+        The tables of a layer in a group are the same: it joins the others where all of them choose one backend.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
         backends.load()
-        name = self.active_adapters[0] if self.active_adapters else None
-        config = self.adapter_configs[name] if name is not None else None
-        weight, dtype = self._base_operand(), self.compute_dtype or dtype
-        fmt = DENSE if isinstance(weight, Tensor) else format_of(weight, self._on_grid())
-        dora = bool(config and config.use_dora)
-        flags = flags_of(
-            bias=self.bias is not None,
-            dropout=bool(config and config.lora_dropout),
-            dora=dora,
-            shared=bool(config and config.dora_dropout == "shared"),
-            train=True,
-            save_mask=True,
-        )
-        r, adapter_dtype = (config.r, config.adapter_dtype) if config else (0, dtype)
-        device = self._base_device().type
-        sizes = (tokens, self.out_features, self.in_features, r, dtype, adapter_dtype, fmt)
-        needs = NEED_DX | NEED_DA | NEED_DB | (NEED_DMAG if dora else 0)
-        tables = [registry.explain(Problem("lora_fwd", *sizes, flags, device))]
-        if dora:
-            tables.append(registry.explain(Problem("dora_norm", 0, *sizes[1:], flags, device)))
-        backward = (flags & ~(TRAIN | SAVE_MASK | BIAS)) | needs
-        tables.append(registry.explain(Problem("lora_bwd", *sizes, backward, device)))
-        return "\n".join(tables)
+        problems = explain.single(self, tokens, dtype)
+        if adapter_names is not None:
+            self._known(*adapter_names)
+            problems = explain.mixed(self, tokens, dtype, adapter_names)
+        return "\n".join(map(registry.explain, problems))
 
     def _on_grid(self) -> bool:
         return isinstance(self.weight, QuantizedWeight) and self.weight.absmax_on_grid

@@ -36,6 +36,7 @@ def convert(
     adapter_name: str = "default",
     progress: bool = True,
     group: Any = False,
+    shared_dropout: bool = False,
     **fields: Any,
 ) -> nn.Module:
     """Swap the model's linears in place for adapted ones and freeze the rest.
@@ -52,14 +53,17 @@ def convert(
         progress: show a progress bar.
         group: also let layers that read one input be computed together (`fastlora.group`, which calls the model once):
             True, or an example of its input as a tensor, tuple or dict.
+        shared_dropout: layers of a group drop by one mask (`fastlora.group`); only with `group`.
 
     Returns:
         The same model.
 
     Raises:
         ShapeError, DtypeError: a weight that cannot be quantized.
-        ConfigError: nothing matches (near names are listed), or a field that cannot be honoured; nothing has changed.
+        ConfigError: nothing matches (near names are listed), a field that cannot be honoured, or `shared_dropout`
+            without `group`; nothing has changed.
     """
+    groups.check_asked(group, shared_dropout)
     keywords: dict[str, Any] = {"quantize": quantize, "blocksize": blocksize, "double_quant": double_quant}
     plan = plan_of(model, config, fields, compute_dtype=compute_dtype, adapter_name=adapter_name, **keywords)
     for parameter in model.parameters():
@@ -71,7 +75,7 @@ def convert(
         put(model, name, layer)
         del linear
     finish(model, plan.config)
-    groups.group_if_asked(model, group)
+    groups.group_if_asked(model, group, shared_dropout)
     return model
 
 

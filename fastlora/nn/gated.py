@@ -71,7 +71,7 @@ def _fused(module: Any, args: tuple[Any, ...]) -> Tensor | None:
     gate, up, down = (module._modules.get(name) for name in names[:3])
     if not all(groups.groupable(layer) for layer in (gate, up, down)):
         return None
-    made = groups.compute([gate, up], args[0])
+    made = groups.compute([gate, up], args[0], groups.shares_masks(module))
     if made is None:
         return None
     first, second = made

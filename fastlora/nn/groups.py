@@ -12,8 +12,9 @@ has them too, and `ungroup` takes them away.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,20 @@ from fastlora.ops.member import Projection
 from fastlora.ops.projections import projections
 
 Model = TypeVar("Model", bound=nn.Module)
-# Attributes of a layer while its parent runs; of a parent, for good: the names of the layers of each group.
+# Attributes of a layer while its parent runs; of a parent, for good: `Groups`.
 SCOPE, STATE = "_fastlora_scope", "_fastlora_groups"
+
+
+class Groups(NamedTuple):
+    """What a parent knows of its groups.
+
+    Attributes:
+        names: of the layers of each group.
+        shared: whether the layers of a group drop by one mask.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    shared: bool = False
 
 
 # --- one call of a parent ---------------------------------------------------------------------------------------------
@@ -56,8 +69,8 @@ def _prepared(layer: nn.Module) -> bool:
 class _Round:
     """One group in one call of its parent."""
 
-    def __init__(self, layers: list[Any], context: tuple[Any, ...]) -> None:
-        self.layers, self.context = layers, context
+    def __init__(self, layers: list[Any], context: tuple[Any, ...], shared: bool) -> None:
+        self.layers, self.context, self.shared = layers, context, shared
         self.x: Tensor | None = None
         self.version = 0
         self.autocast: torch.dtype | None = None
@@ -66,10 +79,16 @@ class _Round:
 
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's output for x; None where it must compute it itself."""
+        y = self._take(layer, x)
+        if y is None and self.shared:
+            _warn_apart(self.layers)
+        return y
+
+    def _take(self, layer: Any, x: Tensor) -> Tensor | None:
         if self.failed or _context() != self.context:
             return None
         if self.x is None:
-            ys = compute(self.layers, x)
+            ys = compute(self.layers, x, self.shared)
             self.failed = ys is None
             if ys is None:
                 return None
@@ -95,23 +114,61 @@ def projections_of(layers: Sequence[Any], x: Any) -> list[Projection] | None:
     return None if len({one.compute_dtype for one in found}) > 1 or members.watched() else found
 
 
-def compute(layers: Sequence[Any], x: Any) -> tuple[Tensor, ...] | None:
-    """Their outputs for x; None where they must run one by one."""
+def compute(layers: Sequence[Any], x: Any, shared: bool = False) -> tuple[Tensor, ...] | None:
+    """Their outputs for x; None where they must run one by one.
+
+    Raises:
+        ConfigError: `shared`, and they drop at different rates.
+    """
     found = projections_of(layers, x)
-    return None if found is None else projections(x, found)
+    if found is None:
+        return None
+    if shared:
+        _check_rates({each.dropout_p for each in found if each.dropout_p})
+    return projections(x, found, shared_dropout=shared)
+
+
+# --- one mask for all -------------------------------------------------------------------------------------------------
+
+
+def _rates(layer: Any) -> list[float]:
+    """dropout_p of the adapters in force."""
+    if layer.merged:
+        return []
+    if not isinstance(layer, AdaptedLinear):
+        found: list[float] = layer.dropout_rates()
+        return found
+    return [] if layer._disabled else [layer.adapter_configs[name].lora_dropout for name in layer.active_adapters]
+
+
+def _check_rates(rates: set[float], where: str = "layers") -> None:
+    if len(rates) > 1:
+        raise ConfigError(
+            f"shared_dropout needs one dropout_p in a group, got {', '.join(map(str, sorted(rates)))} of {where}: give "
+            "their adapters one, or group them without it"
+        )
+
+
+def _warn_apart(layers: Sequence[Any]) -> None:
+    if any(layer.training and any(_rates(layer)) for layer in layers):
+        warnings.warn(
+            "layers grouped with shared_dropout=True were computed one by one (merged, disabled or several adapters, "
+            "hooks, another x or gradient mode): each dropped by a mask of its own",
+            stacklevel=2,
+        )
 
 
 class Scope:
     """A parent's call."""
 
-    def __init__(self, parent: nn.Module, groups: tuple[tuple[str, ...], ...]) -> None:
+    def __init__(self, parent: nn.Module, groups: Groups) -> None:
         self.rounds: dict[int, _Round] = {}
         self.layers: list[nn.Module] = []
         context, children = _context(), parent._modules
-        for names in groups:
+        for names in groups.names:
             layers: list[Any] = [children.get(name) for name in names]
             if all(layer is not None and groupable(layer) for layer in layers):
-                one = _Round(layers, context)
+                one = _Round(layers, context, groups.shared)
                 self.rounds |= {id(layer): one for layer in layers}
                 self.layers += layers
 
@@ -266,7 +323,7 @@ def _example(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def group(model: Model, *args: Any, **kwargs: Any) -> Model:
+def group(model: Model, *args: Any, shared_dropout: bool = False, **kwargs: Any) -> Model:
     """Let adapted layers that read one input be computed together: q, k and v; gate and up, with the activation.
 
     For layers of `convert`, and for PEFT's that `accelerate` has taken in. Which layers read one tensor is found by
@@ -281,12 +338,17 @@ def group(model: Model, *args: Any, **kwargs: Any) -> Model:
     Args:
         model: any module that holds such layers.
         args, kwargs: an example of what its forward takes; by default what transformers keeps for its models.
+        shared_dropout: the layers of a group drop the same elements of their input, where PEFT drops for each anew; on
+            a GPU they then share their passes over x as without dropout. A layer that computes itself drops by itself,
+            and a warning says so (under torch.compile, and in mixed batches, nothing does). Rates that come to differ
+            later, as by another adapter, are a ConfigError of the next forward in training.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: no module holds two adapted layers, no two of them read one tensor, or no example is at hand.
+        ConfigError: no module holds two adapted layers, no two of them read one tensor, no example is at hand, or with
+            `shared_dropout` the adapters of a group differ in their dropout_p; the model has no groups then.
     """
     ungroup(model)
     parents = list(_parents(model))
@@ -301,18 +363,29 @@ def group(model: Model, *args: Any, **kwargs: Any) -> Model:
         found = [watch.groups() for watch in watches]
     if not any(found):
         raise ConfigError(f"no two adapted layers of {type(model).__name__} read one tensor in that call")
+    if shared_dropout:
+        for parent, groups in zip(parents, found, strict=True):
+            for together in groups:
+                rates = {rate for name in together for rate in _rates(parent.get_submodule(name))}
+                _check_rates(rates, f"{', '.join(together)} in a {type(parent).__name__}")
     for parent, watch, groups in zip(parents, watches, found, strict=True):
         if groups:
             names = gated.find(parent, [watch.names[id(layer)] for layer in watch.layers], watch.example)
             parent.register_forward_pre_hook(_open)
             parent.register_forward_hook(_close, always_call=True)
-            parent.__dict__[STATE] = groups
+            parent.__dict__[STATE] = Groups(groups, shared_dropout)
             if names is not None and set(names[:2]) in map(set, groups):
                 gated.fuse(parent, names)
     return model
 
 
-def group_if_asked(model: nn.Module, asked: Any) -> None:
+def check_asked(asked: Any, shared_dropout: bool) -> None:
+    """Raise ConfigError where `shared_dropout` is given to `convert` or `accelerate` without groups."""
+    if shared_dropout and asked is False:
+        raise ConfigError("shared_dropout=True is about groups: ask for group as well (True, or an example input)")
+
+
+def group_if_asked(model: nn.Module, asked: Any, shared_dropout: bool) -> None:
     """`group` by what `convert` and `accelerate` take: False, True, or an example: a tensor, a tuple or a dict.
 
     Raises:
@@ -321,11 +394,11 @@ def group_if_asked(model: nn.Module, asked: Any) -> None:
     if asked is False:
         return
     if asked is True:
-        group(model)
+        group(model, shared_dropout=shared_dropout)
     elif isinstance(asked, dict):
-        group(model, **asked)
+        group(model, shared_dropout=shared_dropout, **asked)
     elif isinstance(asked, (tuple, Tensor)):
-        group(model, *(asked if isinstance(asked, tuple) else (asked,)))
+        group(model, *(asked if isinstance(asked, tuple) else (asked,)), shared_dropout=shared_dropout)
     else:
         raise DtypeError(f"group must be True, False or an example input, got {type(asked).__name__}")
 
@@ -355,9 +428,33 @@ def groups_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         mlp = module.__dict__.get(GATED)
-        for names in module.__dict__.get(STATE, ()):
+        for names in _groups(module).names:
             if mlp is not None and set(names) == set(mlp[:2]):
                 names = (*names, mlp.down)
-            full = tuple(f"{name}.{own}" if name else own for own in names)
+            full = _full(name, names)
             found |= dict.fromkeys(full, full)
     return found
+
+
+def masks_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Full name of each layer whose group has one mask -> full names of the layers that drop by it."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        for names in _groups(module).names if shares_masks(module) else ():
+            full = _full(name, names)
+            found |= dict.fromkeys(full, full)
+    return found
+
+
+def shares_masks(parent: nn.Module) -> bool:
+    """Whether the layers of each of its groups drop by one mask."""
+    return _groups(parent).shared
+
+
+def _groups(parent: nn.Module) -> Groups:
+    found: Groups = parent.__dict__.get(STATE, Groups(()))
+    return found
+
+
+def _full(parent: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{parent}.{own}" if parent else own for own in names)

@@ -209,6 +209,14 @@ class _Shared:
         found: Projection | None = (_packed_forward if self._four_bit else _dense_forward)(self, x, projection_of)
         return found
 
+    def dropout_rates(self) -> list[float]:
+        """p of the dropouts in force."""
+        layer: Any = self
+        if layer.disable_adapters:
+            return []
+        drops: Any = layer.lora_dropout
+        return [getattr(drops[name], "p", 0.0) for name in layer.active_adapters if name in drops]
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop(ADOPTED, None)  # views of the base's bytes: a copy of the layer has bytes of its own

@@ -13,7 +13,7 @@ from fastlora import settings
 from fastlora.errors import ConfigError, DtypeError
 from fastlora.nn.adapted import AdaptedLinear
 from fastlora.nn.gated import GATED
-from fastlora.nn.groups import groups_of
+from fastlora.nn.groups import groups_of, masks_of
 from fastlora.nn.memory import held
 from fastlora.nn.quantized import QuantizedWeight
 
@@ -31,6 +31,7 @@ class LayerReport(NamedTuple):
         saved: bytes a token kept for the backward besides x; None where PEFT's forward runs.
         group: names of the layers it is computed with (`fastlora.group`), itself among them; () for none.
         held: bytes its forward has kept, measured; None unless an example was given.
+        mask: names of the layers that drop by one mask (`shared_dropout`), itself among them; () where it has its own.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerReport(NamedTuple):
     saved: int | None
     group: tuple[str, ...] = ()
     held: int | None = None
+    mask: tuple[str, ...] = ()
 
 
 class Report(tuple[LayerReport, ...]):
@@ -81,8 +83,13 @@ class Report(tuple[LayerReport, ...]):
         )
 
     def _cells(self, row: LayerReport) -> tuple[str, ...]:
-        others = ", ".join(name.rpartition(".")[2] for name in row.group if name != row.name)
-        cells = (others or "-", "-" if row.saved is None else f"{row.saved} B", f"{row.held} B")
+        alike: list[str] = []
+        others: list[str] = []
+        for name in row.group:
+            if name != row.name:
+                (alike if name in row.mask else others).append(name.rpartition(".")[2])
+        together = ", ".join(([f"{', '.join(alike)} (one mask)"] if alike else []) + others)
+        cells = (together or "-", "-" if row.saved is None else f"{row.saved} B", f"{row.held} B")
         shown = (cell for cell, (_, wanted) in zip(cells, self._optional(), strict=True) if wanted)
         return (row.name or "(itself)", row.kind, row.path, *shown, row.why)
 
@@ -116,8 +123,8 @@ def report(model: nn.Module, memory: Any = False) -> Report:
         rows += _of_peft(model)
     if not rows:
         raise ConfigError(f"{type(model).__name__} has no adapted layers, neither PEFT's nor fastlora's")
-    together = groups_of(model)
-    rows = [row._replace(group=together.get(row.name, ())) for row in rows]
+    together, masks = groups_of(model), masks_of(model)
+    rows = [row._replace(group=together.get(row.name, ()), mask=masks.get(row.name, ())) for row in rows]
     rest = None
     if not isinstance(memory, bool):
         rows, rest = _measured(model, rows, memory)

@@ -31,6 +31,7 @@ from fastlora.ops.member import (
     unpack,
     watched,
 )
+from fastlora.ops.merged import merged_lives
 from fastlora.ops.schema import _run
 from fastlora.problem import DENSE, LAZY_H, NEED_DA, NEED_DB, NEED_DX, SAVE_MASK, TRAIN, Problem
 
@@ -75,7 +76,7 @@ class GatedLinear(torch.autograd.Function):
         member = Member(*fields)
         need_gate, need_up, _, need_b, need_mag = ctx.needs_input_grad[:5]
         product = _product(gate, up, act, member.call.backend)
-        keep = (need_gate or need_up) and projections.merged_lives()
+        keep = (need_gate or need_up) and merged_lives()
         with projections.no_autocast(product):
             ((y, h, mask, z),), weights = projections.forward(product, [member], keep)
         tensors, ctx.facts = pack(member, h if need_b else None, mask, z if need_mag else None)

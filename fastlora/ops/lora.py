@@ -17,12 +17,13 @@ from fastlora import settings
 from fastlora.config import DORA_DROPOUT, SEED_END
 from fastlora.errors import DtypeError, ShapeError, UnsupportedError
 from fastlora.math.nf4 import PackedWeight
-from fastlora.ops import schema
+from fastlora.ops import merged, schema
 from fastlora.ops.dora import dora_weight_norm
 from fastlora.ops.schema import flags_of, format_of
-from fastlora.problem import DENSE, LAZY_H, NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN
+from fastlora.problem import DENSE, DORA, LAZY_H, NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, SAVE_MASK, TRAIN
 
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None)})
+_PARTS = 5  # tensors of a packed weight
 
 
 # The static facts of one call, as the ops take them: scale, stream, p, flags, backend, on_grid.
@@ -65,13 +66,20 @@ def _forward_op(
     norm: Tensor | None,
     seed: Tensor | None,
     call: Call,
+    keep: bool = False,
 ) -> Any:
+    """y, h, mask, z; with `keep`, in a checkpoint, what is saved of a merged weight."""
     scale, stream, p, flags, backend, on_grid = call
     tail = (bias, a, b, scale, mag, norm, seed, stream, p, flags, backend)
     if isinstance(weight, PackedWeight):
         if _direct(x, weight, bias, a, b, mag, norm, seed):
-            return schema._forward(x, weight, format_of(weight, on_grid), tail)
-        return torch.ops.fastlora.qlora_fwd.default(x, *weight[:7], on_grid, *tail)
+            run = schema._run_kept if keep else schema._run
+            return schema._forward(x, weight, format_of(weight, on_grid), tail, run)
+        outs = torch.ops.fastlora.qlora_fwd.default(x, *weight[:7], on_grid, *tail)
+        if not keep or torch.compiler.is_compiling():
+            return outs
+        kept = schema._forward(x, weight, format_of(weight, on_grid), tail, schema._would_keep)
+        return (*outs, merged.stand_in(x, weight.shape)) if kept else outs
     if _direct(x, weight, bias, a, b, mag, norm, seed):
         return schema._forward(x, weight, DENSE, tail)
     return torch.ops.fastlora.lora_fwd.default(x, weight, *tail)
@@ -82,7 +90,7 @@ class AdaptedLinear(torch.autograd.Function):
 
     Saved for the backward: x (shared with its producer), h [m,r] fp32, the dropout bits [m, ceil(k/8)] (low memory:
     only the seed), DoRA's z [m,n], and references to the parameters. z rather than y is saved so that the output may
-    be modified in place.
+    be modified in place. In a checkpoint also a merged weight (`ops.merged`).
     """
 
     @staticmethod
@@ -100,10 +108,11 @@ class AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         """One op call; saves what its twin needs."""
         need_x, need_a, need_b, need_mag, need_bias = ctx.needs_input_grad[:5]
-        y, h, mask, z = _forward_op(x, weight, bias, a, b, mag, norm, seed, call)
-        packed = isinstance(weight, PackedWeight)
-        tensors = weight[:5] if packed else (weight,)
         scale, stream, p, flags, backend, on_grid = call
+        keep = need_x and not flags & DORA  # in training DoRA merges without c, its backward with it
+        y, h, mask, z, *kept = _forward_op(x, weight, bias, a, b, mag, norm, seed, call, keep)
+        packed = isinstance(weight, PackedWeight)
+        tensors = weight[:_PARTS] if packed else (weight,)
         ctx.save_for_backward(
             x if need_a or (need_b and flags & LAZY_H) else None,
             a,
@@ -115,6 +124,7 @@ class AdaptedLinear(torch.autograd.Function):
             z if need_mag else None,
             seed,
             *tensors,
+            *kept,
         )
         ctx.packing = weight[5:] if packed else None
         ctx.dtypes = None if mag is None else mag.dtype, None if bias is None else bias.dtype
@@ -129,6 +139,7 @@ class AdaptedLinear(torch.autograd.Function):
         x, a, b, mag, norm, h, mask, z, seed, *tensors = ctx.saved_tensors
         scale, stream, p, flags, backend, on_grid = ctx.call
         tail = (a, b, scale, mag, norm, h, mask, z, seed, stream, p, flags, backend)
+        kept = tensors.pop() if len(tensors) > _PARTS else None
         dy = dy.contiguous()
         direct = _direct(dy, tensors[0], x, a, b, mag, norm, h, mask, z, seed)
         if ctx.packing is None:
@@ -138,7 +149,8 @@ class AdaptedLinear(torch.autograd.Function):
                 grads = torch.ops.fastlora.lora_bwd.default(dy, x, tensors[0], *tail)
         elif direct:
             weight = PackedWeight(*tensors, *ctx.packing)
-            grads = schema._backward(dy, x, weight, format_of(weight, on_grid), tail)
+            given = kept if kept is not None and merged.real(kept) else None
+            grads = schema._backward(dy, x, weight, format_of(weight, on_grid), tail, given)
         else:
             grads = torch.ops.fastlora.qlora_bwd.default(dy, x, *tensors, *ctx.packing[:2], on_grid, *tail)
         dx, da, db, dmag, dbias = grads

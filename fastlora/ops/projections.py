@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlora import backends, settings
+from fastlora import backends
 from fastlora.dispatch import registry
 from fastlora.dispatch.registry import Kernel
 from fastlora.errors import ShapeError
@@ -24,6 +24,7 @@ from fastlora.ops import member as members
 from fastlora.ops import schema
 from fastlora.ops.lora import as_seed
 from fastlora.ops.member import NEEDS, SAVED, Member, Projection
+from fastlora.ops.merged import merged_lives
 from fastlora.problem import DENSE, NEED_DX, SAVE_MASK, TRAIN, Problem
 
 FIELDS = len(Member._fields)
@@ -112,19 +113,6 @@ def backward(
         own, *grads[i] = kernels[i].run(problems[i], args[i][0], x, *args[i][1:])
         dx = own if dx is None else dx.add_(own)
     return dx, grads
-
-
-def merged_lives() -> bool:
-    """Whether a merged weight made now should live until the backward: it is a checkpoint that runs the forward again.
-
-    One that recomputes through saved-tensor hooks wants the same tensors saved both times, and throws the first away.
-    """
-    if settings.current.low_memory:
-        return False
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is not None:
-        return bool(getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint")
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Projections(torch.autograd.Function):

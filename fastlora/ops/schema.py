@@ -45,6 +45,7 @@ from fastlora.config import SEED_END
 from fastlora.dispatch import registry
 from fastlora.errors import ShapeError
 from fastlora.math.nf4 import PackedWeight
+from fastlora.ops.merged import by_hooks, merged_lives
 from fastlora.problem import (
     BIAS,
     DENSE,
@@ -112,6 +113,31 @@ def _run(problem: Problem, backend: str, *args: Any) -> Any:
         with torch.amp.autocast(problem.device, enabled=False):
             return registry.select(problem, backend, trial).run(problem, *args)
     return registry.select(problem, backend, trial).run(problem, *args)
+
+
+def _run_kept(problem: Problem, backend: str, *args: Any) -> Any:
+    """`_run` of a forward in training; after its outputs the merged weight, where it made one that should live."""
+    backends.load()
+    if torch.is_autocast_enabled(problem.device):
+        with torch.amp.autocast(problem.device, enabled=False):
+            return _run_kept(problem, backend, *args)
+    kernel = registry.select(problem, backend, args)
+    if kernel.kept is not None and merged_lives():
+        return kernel.kept(problem, *args)
+    return kernel.run(problem, *args)
+
+
+def _would_keep(problem: Problem, backend: str, *args: Any) -> bool:
+    """Whether `_run_kept` would return a merged weight to a checkpoint that compares what is saved."""
+    return bool(by_hooks()) and merged_lives() and registry.select(problem, backend).kept is not None
+
+
+def _run_given(problem: Problem, backend: str, *args: Any) -> Any:
+    """`_run` of a backward; the last argument is a merged weight, which only a plan that makes one has use for."""
+    backends.load()
+    with torch.amp.autocast(problem.device, enabled=False):
+        kernel = registry.select(problem, backend, args[:-1])
+        return kernel.run(problem, *args[:-1]) if kernel.kept is None else kernel.kept(problem, *args)
 
 
 def _check_scale(scale: float) -> None:
@@ -255,14 +281,19 @@ def _(*args: Any) -> Tensor:
 
 
 def _forward(
-    x: Tensor, weight: Tensor | PackedWeight, fmt: Format, tail: Sequence[Any]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    fmt: Format,
+    tail: Sequence[Any],
+    run: Callable[..., Any] = _run,
+) -> Any:
+    """y, h, mask, z; or what another `run` returns."""
     bias, a, b, scale, mag, norm, seed, stream, p, flags, backend = tail
     (m, k), (n, r) = x.shape, b.shape
     _check_scale(scale)
     device = "cpu" if x.is_cpu else x.device.type  # the first is four times as quick to ask
     problem = Problem("lora_fwd", m, n, k, r, x.dtype, a.dtype, fmt, flags, device)
-    return _run(problem, backend, x, weight, bias, a, b, scale, mag, norm, seed, stream, p)
+    return run(problem, backend, x, weight, bias, a, b, scale, mag, norm, seed, stream, p)
 
 
 def _fake_forward(x: Tensor, tail: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -297,12 +328,18 @@ def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tens
 
 
 def _backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | PackedWeight, fmt: Format, tail: Sequence[Any]
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | PackedWeight,
+    fmt: Format,
+    tail: Sequence[Any],
+    merged: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     a, b, scale, mag, norm, h, mask, z, seed, stream, p, flags, backend = tail
     (m, n), (r, k) = dy.shape, a.shape
     problem = Problem("lora_bwd", m, n, k, r, dy.dtype, a.dtype, fmt, flags, dy.device.type)
-    return _run(problem, backend, dy, x, weight, a, b, scale, mag, norm, h, mask, z, seed, stream, p)
+    args = (dy, x, weight, a, b, scale, mag, norm, h, mask, z, seed, stream, p)
+    return _run(problem, backend, *args) if merged is None else _run_given(problem, backend, *args, merged)
 
 
 def _fake_backward(dy: Tensor, tail: Sequence[Any]) -> tuple[Tensor | None, ...]:

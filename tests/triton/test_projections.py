@@ -172,6 +172,25 @@ def test_dropped_members_read_x_each_unless_they_share():
     assert own.count("_walk_kernel") - one.count("_walk_kernel") == 1
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_partial_sums_of_a_group_are_added_four_a_launch(dora):
+    """And the sums are bit for bit those of single layers: every stack has its own planes in their own order."""
+    group = make_group([Case(300, n, 64, 4, bias=True, dora=dora, **NF4) for n in (48, 16, 33)])
+
+    def backward(ys):
+        grads: list[torch.Tensor] = []
+        found = names(lambda: grads.extend(torch.autograd.grad(ys, group.leaves, group.dys)))
+        return found.count("_finish_kernel"), dict(zip(map(id, group.leaves), grads, strict=True))
+
+    count, got = backward(projections(group.x, group.members, seed=9, backend="triton"))
+    each, want = backward([alone(one, group.x, 9, STREAMS * i, "triton") for i, one in enumerate(group.members)])
+    # Of each member db and dbias, with DoRA dmag, of two g: 8 stacks, or 11. And da: of all together, or of each.
+    assert each == 6 and count == (4 if dora else 3)
+    for one in group.members:
+        for leaf in (one.b, one.magnitude, one.bias):
+            assert leaf is None or torch.equal(got[id(leaf)], want[id(leaf)])
+
+
 # --- a checkpoint's merged weight lives until its backward ------------------------------------------------------------
 
 

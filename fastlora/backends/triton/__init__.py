@@ -116,7 +116,8 @@ for _op, _module, _plans in (
 ):
     for _name, _limits in _plans.items():
         _seconds = functools.partial(predict.seconds, _name)
-        register(Kernel(_op, "triton", _plan(_module, _name), _limits, _seconds, _name))
+        _kept = _of(_module, "merge_kept") if _name == "merge" else None
+        register(Kernel(_op, "triton", _plan(_module, _name), _limits, _seconds, _name, _kept))
 
 for _name in ("grouped_fwd", "grouped_bwd", "grouped_mask"):
     register(Kernel(_name, "triton", _of("grouped", _name), _ALL, predict.grouped, "grouped"))

@@ -25,6 +25,7 @@ from fastlora.backends.triton.forward import Weight, decoded, own_drop, splits
 from fastlora.backends.triton.launch import on_device
 from fastlora.backends.triton.merge import merge as merged_weight
 from fastlora.backends.triton.project import Projected
+from fastlora.backends.triton.shrink import Planes
 from fastlora.math import philox
 from fastlora.math.nf4 import PackedWeight
 from fastlora.problem import DORA, DROPOUT, NEED_DA, NEED_DB, NEED_DBIAS, NEED_DMAG, NEED_DX, Problem
@@ -71,6 +72,7 @@ def project_all(
     need_db: bool | None = None,
     g_factor: float = 1.0,
     g_out: Tensor | None = None,
+    later: list[Planes] | None = None,
 ) -> Projected:
     """One pass over dy: g (times g_factor, into g_out), and every gradient that sums over tokens of dy."""
     need_db = call.needs(NEED_DB) if need_db is None else need_db
@@ -90,6 +92,7 @@ def project_all(
         splits=splits(call.problem),
         g_factor=g_factor,
         g_out=g_out,
+        later=later,
     )
 
 
@@ -282,6 +285,15 @@ def run(plan: str, problem: Problem, dy: Tensor, x: Tensor | None, *rest: Any) -
         return _zeros(problem, dy, *rest[1:3])
     with on_device(dy):
         return PLANS[plan](make_call(problem, dy, x, *rest))
+
+
+def merge_kept(problem: Problem, dy: Tensor, x: Tensor | None, *rest: Any) -> Outputs:
+    """`lora_bwd` by the merge plan; the last argument is the merged weight that the forward has made."""
+    *rest, merged = rest  # type: ignore[assignment]
+    if not problem.m:
+        return _zeros(problem, dy, *rest[1:3])
+    with on_device(dy):
+        return merge(make_call(problem, dy, x, *rest)._replace(given=Given(weight=merged)))
 
 
 def make_call(

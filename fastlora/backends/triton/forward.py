@@ -11,7 +11,7 @@ Every plan returns (y, h, mask, z) as `ops/schema.py` asks: h unless LAZY_H, mas
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -264,6 +264,15 @@ def run(
         return _empty(problem, x)
     with on_device(x):
         return PLANS[plan](make_call(problem, x, weight, bias, a, b, scale, mag, norm, seed, stream, p))
+
+
+def merge_kept(problem: Problem, x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    """`lora_fwd` without DoRA by the merge plan, and after its outputs the merged weight, for the backward."""
+    with on_device(x):
+        call = make_call(problem, x, *args)
+        assert isinstance(call.weight, PackedWeight)
+        w = merged_weight(call.weight, call.a, call.b, call.scale, x.dtype)
+        return *(merge(call._replace(given=Given(weight=w))) if problem.m else _empty(problem, x)), w
 
 
 def make_call(

@@ -317,6 +317,7 @@ def project(
     splits: int = 1,
     g_factor: float = 1.0,
     g_out: Tensor | None = None,
+    later: list[Planes] | None = None,
     wide: bool | None = None,
 ) -> Projected:
     """With d = c∘dy, c = mag / norm (d = dy without mag):
@@ -331,6 +332,7 @@ def project(
         scaled: "d" also returns d, "e" (c-1)∘dy, rounded once to dy's dtype (both need mag).
         splits: 16-bit terms that stand for an fp32 element of b or h: 1, or 3 (fp32 accuracy).
         g_out: contiguous fp32 [m, r] that g is written to.
+        later: partial sums are put there, and the caller must `finish` them before anyone reads a result.
         wide: force 64-bit offsets on or off.
 
     Returns:
@@ -362,7 +364,10 @@ def project(
         scaled=scaled,
         **options,  # type: ignore[arg-type]
     )
-    finish(*out[:4], wide=wide)
+    if later is None:
+        finish(*out[:4], wide=wide)
+    else:
+        later += [stack for stack in out[:4] if stack is not None]
     sums = [None if stack is None else stack.out for stack in out[:4]]
     return Projected(g if out.left is None else sums[0], sums[1], sums[2], sums[3], out.scaled)
 

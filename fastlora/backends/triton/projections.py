@@ -3,6 +3,7 @@
 Shared, among members of one rank and dropout decision:  h = drop(x) [a_1; a_2; ...]ᵀ  one pass over x
                                                          da = [s_1 g_1, s_2 g_2, ...]ᵀ drop(x)  one pass over x
                                                          dx₀ = drop'(Σ s_i g_i a_i)  one product of the joint rank
+                                                         partial sums over tokens of dy, four of them a launch
 and among 4-bit weights of one format: one launch that decodes or merges them all. dx is one buffer: every base product
 accumulates onto it.
 """
@@ -21,6 +22,7 @@ from fastlora.backends.triton.launch import on_device, target
 from fastlora.backends.triton.merge import merge
 from fastlora.backends.triton.merge_parts import MOST, Part, alike, merge_parts
 from fastlora.backends.triton.project import Projected
+from fastlora.backends.triton.shrink import Planes, finish_all
 from fastlora.math.group import One
 from fastlora.math.nf4 import PackedWeight
 from fastlora.problem import DORA, NEED_DA, NEED_DB, NEED_DX, Problem
@@ -140,11 +142,15 @@ def _share(x: Tensor | None, stack: Sequence[int], plan: str, calls: Sequence[ba
     first, dy = calls[stack[0]], calls[stack[0]].dy
     r, terms = first.problem.r, splits(first.problem)
     g = torch.empty((len(stack), first.problem.m, r), dtype=torch.float32, device=dy.device)
-    outs = {}
+    outs: dict[int, Projected] = {}
+    partial: list[Planes] = []
     for place, i in enumerate(stack):
         call = calls[i]
         scaled = backward.scaled_dy(call) if plan == "split" else None
-        outs[i] = backward.project_all(call, need_g=True, scaled=scaled, g_factor=call.scale, g_out=g[place])
+        outs[i] = backward.project_all(
+            call, need_g=True, scaled=scaled, g_factor=call.scale, g_out=g[place], later=partial
+        )
+    finish_all(partial)
     da: list[Tensor | None] = [None] * len(stack)
     if first.needs(NEED_DA):
         assert x is not None
@@ -176,6 +182,7 @@ def projections_bwd(
         return found[0][0], [grads[1:] for grads in found]
     with on_device(ones[0].args[0]):
         calls = [backward.make_call(one.problem, one.args[0], x, *one.args[1:]) for one in ones]
+        weights = [w if plan == "merge" else None for w, plan in _zip(weights, plans)]  # others want other weights
         own = [None if w is not None else _backward_part(*each) for w, each in _zip(weights, _zip(plans, calls))]
         made = [a if a is not None else b for a, b in _zip(weights, _together(own, problem.dtype))]
         keys = [_key(plan, call) for plan, call in _zip(plans, calls)]

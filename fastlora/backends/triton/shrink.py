@@ -7,6 +7,7 @@ operand becomes tf32, as fine as fp16 and with the range of fp32: gradients neit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -155,6 +156,7 @@ def stacked(rows, ranks, m, r, PART: tl.constexpr, WIDE: tl.constexpr):
 # --- sums over planes -------------------------------------------------------------------------------------------------
 
 _GROUP = tl.constexpr(8)  # planes whose loads are in flight together
+_STACKS = 4  # what one launch sums
 
 
 @triton.jit
@@ -257,7 +259,7 @@ def finish(*stacks: Planes | None, wide: bool | None = None) -> None:
     args: list[Tensor | int | float | None] = []
     for stack in todo:
         args += [stack.planes, stack.out, stack.out.numel(), stack.number, stack.factor]
-    args += [None] * (20 - len(args))
+    args += [None] * (5 * _STACKS - len(args))
     launch(
         _finish_kernel,
         (sum(cdiv(stack.out.numel(), tile.BLOCK_N) for stack in todo),),
@@ -267,6 +269,13 @@ def finish(*stacks: Planes | None, wide: bool | None = None) -> None:
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def finish_all(stacks: Sequence[Planes]) -> None:
+    """`finish` of any number of stacks, in as few launches as it takes."""
+    todo = [stack for stack in stacks if stack.number > 1]
+    for at in range(0, len(todo), _STACKS):
+        finish(*todo[at : at + _STACKS])
 
 
 def combine(planes: Tensor, factor: float = 1.0) -> Tensor:
