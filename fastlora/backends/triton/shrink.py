@@ -400,7 +400,8 @@ def tile_rows(target: Target, m: int, r: int, dtype: torch.dtype) -> Tile:
     if block_m == 16 and target.kind == "cuda" and dtype != torch.bfloat16:
         # v's terms are most of what a program of few rows holds.
         block_k = block_k // 2 if rank <= 64 else min(block_k, 32)
-    warps = 8 if block_m >= 64 or (rank == 256 and size == 4) else 4
+    few_wide = block_m == 16 and rank == 128 and target.kind == "cuda" and target.arch >= 100
+    warps = 8 if block_m >= 64 or (rank == 256 and size == 4) or few_wide else 4  # else they spill (3.6.0)
     per_stage = block_k * (block_m * size + rank * 4)
     fixed = block_k * (block_m * size + 3 * rank * 2)
     return Tile(BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages(target, per_stage, fixed))
