@@ -200,7 +200,8 @@ def test_training_on_a_tiny_model_and_the_report(counts, tmp_path):
     report = {"mode": "tiny", "counts": {"results": list(counts.values())}, "training": {"results": results}}
     text = bench.table(report)
     assert text.count("same tokens") == 3
-    assert bench.draw(report, tmp_path / "moe.png")
+    bench.draw(report, tmp_path / "moe.png")
+    assert (tmp_path / "moe.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(report, allow_nan=False)
 
 
