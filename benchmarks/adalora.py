@@ -11,13 +11,10 @@ and the median of the rounds' ratios.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from benchmarks.cpu_report import RESULTS, describe
-from benchmarks.step_beside_peft import Batch, Missing, _four_bit, take_turns
+from benchmarks import plots, script, timing
+from benchmarks.step_beside_peft import Batch, Missing, _four_bit, gradients_apart, randomize, with_adapter
 from fastlora.adalora import AdaLoraConfig, RankAllocator, orthogonal_penalty
 
 SCHEMA = 1
@@ -79,25 +76,13 @@ def build(model: nn.Module, base: str, config: Any) -> nn.Module:
     """The model with our layers; E, or B, is random, so that the adapter counts from the first step."""
     quantize = None if base == "dense" else base
     fastlora.convert(model, config, quantize=quantize, progress=False)
-    generator = torch.Generator().manual_seed(0)
-    grown = "lora_E" if isinstance(config, AdaLoraConfig) else "lora_B"
-    for name, parameter in model.named_parameters():
-        if grown in name:
-            parameter.data.normal_(std=0.1, generator=generator)
+    randomize(model, "lora_E" if isinstance(config, AdaLoraConfig) else "lora_B", 0.1)
     return model
 
 
 def build_peft(model: nn.Module, ours: nn.Module, base: str) -> Any:
-    """PEFT's AdaLoRA over the same base, with the adapter read from the folder that ours is saved to."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise Missing(f"peft cannot be imported: {error}") from error
-    if base != "dense":
-        model = _four_bit(model, ours, torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        fastlora.save_adapter(ours, folder)
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    """PEFT's AdaLoRA over the same base, with the same adapter."""
+    return with_adapter(model if base == "dense" else _four_bit(model, ours, torch.float32), ours)
 
 
 def _ours_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -150,13 +135,8 @@ def parity(ours: Any, peft: Any, batch: Batch) -> dict[str, float]:
         found.append((value.item(), grads))
         model.zero_grad()
     (loss, own), (other_loss, other) = found
-    if set(own) != set(other) or not own:
-        raise RuntimeError(f"{len(own)} of our parameters have gradients and {len(other)} of PEFT's, or other ones")
-    if not abs(loss - other_loss) <= LOSS_BUDGET:
-        raise RuntimeError(f"parity failed: loss {loss:.5f} here and {other_loss:.5f} with PEFT, budget {LOSS_BUDGET}")
-    apart = sum((own[name] - other[name]).square().sum() for name in own)
-    whole = sum(other[name].square().sum() for name in other)
-    return {"loss": loss, "loss_peft": other_loss, "gradient_difference": float((apart / whole) ** 0.5)}
+    apart = gradients_apart((loss, other_loss), own, other, LOSS_BUDGET)
+    return {"loss": loss, "loss_peft": other_loss, "gradient_difference": apart}
 
 
 def measure_base(base: str, options: Options) -> dict[str, Any]:
@@ -178,18 +158,13 @@ def measure_base(base: str, options: Options) -> dict[str, Any]:
         steps[PEFT] = trainer(peft, _ours_loss, peft.base_model.update_and_allocate)
     except Missing as error:
         reason = str(error)
-    samples = take_turns(steps, [batch], options.steps, options.budget)
-
-    def over(one: str, two: str) -> float | None:
-        ratios = [a / b for a, b in zip(samples.get(one, ()), samples[two], strict=False)]
-        return statistics.median(ratios) if ratios else None
-
+    samples = timing.in_turns(steps, [(batch,)], options.steps, seconds=options.budget)
     return {
         "base": base,
         "rounds": len(samples[ADALORA]),
         "seconds": {name: statistics.median(values) for name, values in samples.items()},
-        "adalora_over_lora": over(ADALORA, LORA),
-        "peft_over_adalora": over(PEFT, ADALORA),
+        "adalora_over_lora": timing.ratio(samples[ADALORA], samples[LORA]),
+        "peft_over_adalora": timing.ratio(samples.get(PEFT, ()), samples[ADALORA]),
         "parity": found,
         "reason": reason,
         "samples": samples,
@@ -215,9 +190,7 @@ def measure(options: Options) -> dict[str, Any]:
         "tokens": options.tokens,
         "threads": options.threads,
         "limit_adalora_over_lora": LIMIT,
-        "seconds": round(time.perf_counter() - started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": describe(),
+        **script.facts(started),
         "results": results,
     }
 
@@ -242,65 +215,37 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> bool:
-    """Seconds a step as bars, one group a base; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Seconds a step as bars, one group a base."""
+    figure = plots.figure(6.4, 3.6, 130)
     axes = figure.add_subplot()
     for place, (name, colour) in enumerate(((PEFT, "#9db4c8"), (ADALORA, "#2e7d32"), (LORA, "#a5d6a7"))):
-        spots = [group + 0.27 * (place - 1) for group in range(len(report["results"]))]
-        values = [entry["seconds"].get(name) or 0.0 for entry in report["results"]]
-        bars = axes.bar(spots, values, 0.25, color=colour, label=name)
-        axes.bar_label(bars, [f"{value:.3f}" if value else "-" for value in values], fontsize=8, padding=2)
+        values = [entry["seconds"].get(name) for entry in report["results"]]
+        plots.bars(axes, (place, 3), values, ".3f", size=8, color=colour, label=name)
     axes.set_xticks(range(len(report["results"])), [entry["base"] for entry in report["results"]])
     axes.set_ylabel("seconds a training step")
-    tiny = "TINY MODEL, not a measurement: " if report["mode"] == "tiny" else ""
     axes.set_title(
-        f"{tiny}{report['model']}\n{report['environment']['cpu']}, {report['threads']} thread(s), "
-        f"{report['tokens']} tokens",
+        f"{plots.caution(report)}{report['model']}\n{plots.machine(report)}, {report['tokens']} tokens",
         fontsize=9,
         loc="left",
     )
-    axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.2)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
     figure.savefig(path)
-    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adalora", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, default=RESULTS / "adalora.json")
-    parser.add_argument("--png", type=Path, default=RESULTS / "adalora.png")
-    parser.add_argument("--threads", type=int, default=Options.threads)
-    parser.add_argument("--steps", type=int, default=Options.steps, help="rounds of each base")
-    parser.add_argument("--tokens", type=int, default=Options.tokens)
+    parser = script.parser("adalora", __doc__, tiny="a small model")
+    parser.add_argument("--threads", type=script.at_least(1), default=Options.threads)
+    parser.add_argument("--steps", type=script.at_least(1), default=Options.steps, help="rounds of each base")
+    parser.add_argument("--tokens", type=script.at_least(1), default=Options.tokens)
     parser.add_argument("--budget", type=float, default=Options.budget, help="seconds for each base's rounds")
     parser.add_argument("--base", choices=Options.bases, nargs="+", default=Options.bases)
-    parser.add_argument("--tiny", action="store_true", help="a small model; needs --json and --png")
     chosen = parser.parse_args(arguments)
-    if min(chosen.threads, chosen.steps, chosen.tokens) < 1:
-        parser.error("--threads, --steps and --tokens must be at least 1")
-    if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
-        parser.error("--tiny is no measurement: say with --json and --png where its files go")
     bases = tuple(dict.fromkeys(chosen.base))
     options = Options(chosen.threads, chosen.steps, chosen.tokens, chosen.budget, bases, chosen.tiny)
-    try:
-        report = measure(options)
-    except (fastlora.FastloraError, RuntimeError) as error:
-        print(f"adalora: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if not draw(report, chosen.png):
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-    return 0
+    return script.run(parser, chosen, lambda: measure(options), table, draw)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ train here: tests/test_accelerate_training.py runs it on a model that has.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 import time
 import warnings
@@ -32,7 +30,8 @@ from torch import Tensor, nn
 
 import fastlora
 from benchmarks import adoption_runs as runs
-from benchmarks.cpu_report import RESULTS, describe
+from benchmarks import plots, script
+from benchmarks.cpu_report import RESULTS
 from benchmarks.step_beside_peft import IGNORE, Batch, _autocast, _real, _tiny
 
 SCHEMA = 1
@@ -135,9 +134,7 @@ def measure(kinds: Sequence[str], steps: int, tiny: bool, group: bool = False) -
         "adapter": {"r": rank, "lora_alpha": 2 * rank, "lr": RATE, "optimizer": "AdamW"},
         "batch": {"sequences": batches[0].ids.shape[0], "tokens": [batch.ids.numel() for batch in batches[:steps]]},
         "factor": runs.FACTOR,
-        "seconds": round(time.perf_counter() - started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": describe(),
+        **script.facts(started),
         "results": results,
     }
 
@@ -157,17 +154,11 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> bool:
-    """Both loss curves above, their difference and the allowance below, a column a kind; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Both loss curves above, their difference and the allowance below, a column a kind."""
     results, columns = report["results"], 4
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(12.5, 4.4 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.figure(12.5, 4.4 * rows, 110)
     grid = figure.add_gridspec(2 * rows, columns)
     for place, entry in enumerate(results):
         row, column = divmod(place, columns)
@@ -189,47 +180,37 @@ def draw(report: dict[str, Any], path: Path) -> bool:
                 axes.set_ylabel(label, fontsize=8)
             if place == 0:
                 axes.legend(frameon=False, fontsize=8)
-    tiny = "TINY MODEL: " if report["mode"] == "tiny" else ""
     figure.suptitle(
-        f"{tiny}{report['model']} before and after accelerate; allowed: {report['factor']:.0f} x PEFT's largest "
-        "distance from itself (2 threads, or half of the outputs moved by 1 ulp) so far",
+        f"{plots.caution(report)}{report['model']} before and after accelerate\nallowed: {report['factor']:.0f} x "
+        "PEFT's largest distance from itself (2 threads, or half of the outputs moved by 1 ulp) so far",
         fontsize=10,
     )
     figure.savefig(path)
-    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write; 1 if any kind is too far from PEFT."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adoption", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="default: adoption.json or grouped.json in benchmarks/results")
-    parser.add_argument("--png", type=Path, help="default: beside it")
-    parser.add_argument("--steps", type=int, help="of each run; default 50, grouped 100")
+    parser = script.parser("adoption", __doc__, tiny="a made-up small model")
+    parser.add_argument("--steps", type=script.at_least(1), help="of each run; default 50, grouped 100")
     parser.add_argument("--kinds", choices=(*KINDS, *GROUPED), nargs="+", help="default: all")
     parser.add_argument("--group", action="store_true", help="group layers, kinds without dropout")
-    parser.add_argument("--tiny", action="store_true", help="a made-up small model; needs --json and --png")
     chosen = parser.parse_args(arguments)
-    name, known, steps = ("grouped", GROUPED, 100) if chosen.group else ("adoption", KINDS, 50)
-    files = [chosen.json or RESULTS / f"{name}.json", chosen.png or RESULTS / f"{name}.png"]
-    if chosen.tiny and any(file.resolve().parent == RESULTS for file in files):
-        parser.error("--tiny is no measurement: say with --json and --png where its files go")
-    steps = steps if chosen.steps is None else chosen.steps
-    if steps < 1:
-        parser.error("--steps must be at least 1")
+    known, steps = (GROUPED, 100) if chosen.group else (KINDS, 50)
+    if chosen.group:  # into files of its own
+        parser.set_defaults(json=RESULTS / "grouped.json", png=RESULTS / "grouped.png")
+        chosen = parser.parse_args(arguments)
     kinds = tuple(dict.fromkeys(chosen.kinds or known))
     if wrong := [kind for kind in kinds if kind not in known]:
         way = "with --group" if chosen.group else "without --group"
         parser.error(f"{way} the kinds are {', '.join(known)}; got {wrong[0]}")
-    try:
-        report = measure(kinds, steps, chosen.tiny, chosen.group)
-    except (fastlora.FastloraError, RuntimeError) as error:
-        print(f"adoption: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    files[0].write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if not draw(report, files[1]):
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-    return 0 if all(entry["ok"] for entry in report["results"]) else 1
+    return script.run(
+        parser,
+        chosen,
+        lambda: measure(kinds, chosen.steps or steps, chosen.tiny, chosen.group),
+        table,
+        draw,
+        lambda report: all(entry["ok"] for entry in report["results"]),
+    )
 
 
 if __name__ == "__main__":

@@ -40,14 +40,13 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from benchmarks import cpu_targets
+from benchmarks import cpu_targets, plots, script, timing
 from benchmarks import step_beside_peft as steps
-from benchmarks.cpu_report import RESULTS, ROOT, describe
-from benchmarks.step_beside_peft import FLOOR, OURS, PEFT, Batch
+from benchmarks.environment import ROOT
+from benchmarks.step_beside_peft import ALPHA, FLOOR, OURS, PEFT, RANK, Batch
 from fastlora.nn.memory import held
 
 SCHEMA = 1
-RANK, ALPHA = 16, 32
 SHAPES = {"8x64": (8, 64), "1x512": (1, 512)}
 # name -> (compute dtype, DoRA, PEFT's time over ours that is the goal)
 SETTINGS = {"fp32": ("fp32", False, 1.15), "fp32 DoRA": ("fp32", True, 2.0), "bf16": ("bf16", False, 3.0)}
@@ -96,13 +95,8 @@ def cut(ids: Tensor, shape: tuple[int, int], count: int) -> list[Batch]:
 
 
 def build(model: nn.Module, compute: torch.dtype, dora: bool, example: Tensor) -> nn.Module:
-    """The model converted and grouped; B is random, so that the adapter counts from the first step."""
-    config = fastlora.LoraConfig(r=RANK, lora_alpha=ALPHA, use_dora=dora, init_seed=0)
-    fastlora.convert(model.to(compute), config, quantize="nf4", double_quant=True, progress=False)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.01, generator=generator)
+    """The model converted, with a random B, and grouped."""
+    model = steps.build_ours(model, compute, 0.0, dora)
     fastlora.group(model, example[:1, :8])
     return model
 
@@ -159,15 +153,9 @@ def _fp32_parity(ours: nn.Module, peft: nn.Module, batch: Batch) -> dict[str, An
         losses.append(loss)
         grads.append({name.replace("magnitude_vector", "magnitude"): grad for name, grad in found.items()})
         model.train()
-    own, other = grads
-    if set(own) != set(other) or not own:
-        raise RuntimeError(f"{len(own)} of our parameters have gradients and {len(other)} of PEFT's, or other ones")
-    if not abs(losses[0] - losses[1]) <= steps.LOSS_BUDGET:
-        raise RuntimeError(f"parity failed: losses {losses} (ours, PEFT), budget {steps.LOSS_BUDGET}")
-    squares = [((own[name] - other[name]).square().sum(), other[name].square().sum()) for name in own]
-    apart = (sum(one for one, _ in squares) / sum(two for _, two in squares)) ** 0.5
-    facts = {"loss": losses[0], "loss_peft": losses[1], "allowed": steps.LOSS_BUDGET}
-    return facts | {"gradients_apart": float(apart)}
+    loss, other_loss = losses
+    apart = steps.gradients_apart((loss, other_loss), *grads, steps.LOSS_BUDGET)
+    return {"loss": loss, "loss_peft": other_loss, "allowed": steps.LOSS_BUDGET, "gradients_apart": apart}
 
 
 def memory(contenders: dict[str, nn.Module], batch: Batch, compute: torch.dtype) -> dict[str, Any]:
@@ -213,19 +201,6 @@ def least_seconds(work: float, frozen: float, share: float, rate: float) -> floa
     return work / max(rate, work / (frozen * share)) + frozen * (1 - share)
 
 
-def take_turns(trainers: dict[str, Any], batches: list[Batch], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, in turns on the same batches; the order rotates by one each round."""
-    names, times = list(trainers), {name: [] for name in trainers}
-    for turn in range(-options.warm, options.rounds):
-        for name in names:
-            before = time.perf_counter()
-            trainers[name](batches[turn % len(batches)])
-            if turn >= 0:
-                times[name].append(time.perf_counter() - before)
-        names.append(names.pop(0))
-    return times
-
-
 def setting(
     name: str, model: nn.Module, batches: list[Batch], fp32: Any, rates: dict[str, float], options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -245,25 +220,21 @@ def setting(
     trainers = {each: steps.trainer(own, compute) for each, own in contenders.items()}
     trainers[FLOOR] = steps.frozen(floor, compute)
     kept = memory(contenders | {FLOOR: floor}, batches[0], compute)
-    times = take_turns(trainers, batches, options)
+    times = timing.in_turns(trainers, [(batch,) for batch in batches], options.rounds, warm=options.warm)
     seconds = {each: statistics.median(values) for each, values in times.items()}
     work, share = flops(floor, batches[0]), share_of_products(trainers[FLOOR], batches[0])
     least = least_seconds(work, seconds[FLOOR], share, rates[str(compute).removeprefix("torch.")])
-
-    def over(other: str) -> float | None:
-        ratios = [theirs / mine for theirs, mine in zip(times.get(other, []), times[OURS], strict=False)]
-        return statistics.median(ratios) if ratios else None
-
+    frozen_over_ours = timing.ratio(times[FLOOR], times[OURS])
     report = fastlora.report(ours)
     return {
         "setting": name,
         "seconds": seconds,
-        "peft_over_fastlora": over(PEFT),
+        "peft_over_fastlora": timing.ratio(times.get(PEFT, ()), times[OURS]),
         "goal": goal,
         "bound": seconds[PEFT] / least if PEFT in seconds else None,
         "least_seconds": least,
         "products": {"flops": work, "share_of_frozen": share},
-        "fastlora_over_frozen": 1 / over(FLOOR),  # type: ignore[operator]
+        "fastlora_over_frozen": 1 / frozen_over_ours,  # type: ignore[operator]
         "rounds": len(times[OURS]),
         "grouped": sum(bool(row.group) for row in report),
         "layers": len(report),
@@ -314,9 +285,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "adapter": {"r": RANK, "lora_alpha": ALPHA},
         "rates": {name: rates[name] for name in ("float32", "bfloat16")},
         "launches": None if chosen.tiny else launches(),
-        "seconds": round(time.perf_counter() - started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": describe(),
+        **script.facts(started),
         "results": results,
     }
 
@@ -366,71 +335,47 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> bool:
-    """Seconds a step and the adapters' memory as bars; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Seconds a step and the adapters' memory as bars."""
     results = report["results"]
-    figure = Figure(figsize=(12, 6.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    looks = ((PEFT, "PEFT + bitsandbytes", "#9db4c8"), (OURS, "fastlora, grouped", "#2e7d32"))
+    figure = plots.figure(12, 6.4, 110)
+    looks = (
+        (PEFT, "PEFT + bitsandbytes", "#9db4c8"),
+        (OURS, "fastlora, grouped", "#2e7d32"),
+        (FLOOR, "frozen dense model", "#d7d7d7"),
+    )
     above, below = figure.subplots(2, 1, sharex=True)
-    for place, (name, label, colour) in enumerate((*looks, (FLOOR, "frozen dense model", "#d7d7d7"))):
-        spots = [group + 0.27 * (place - 1) for group in range(len(results))]
-        values = [entry["seconds"].get(name, 0.0) for entry in results]
-        bars = above.bar(spots, values, 0.25, color=colour, label=label)
-        above.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
+    for place, (name, label, colour) in enumerate(looks):
+        at = (place, len(looks))
+        plots.bars(above, at, [entry["seconds"].get(name) for entry in results], color=colour, label=label)
         if name != FLOOR:
-            values = [entry["memory"]["adapters"].get(name, 0) / 1e6 for entry in results]
-            bars = below.bar(spots, values, 0.25, color=colour, label=label)
-            below.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=7, padding=2)
+            kept = [entry["memory"]["adapters"].get(name, 0) / 1e6 for entry in results]
+            plots.bars(below, at, kept, ".0f", color=colour, label=label)
     below.set_xticks(range(len(results)), [f"{e['model']}\n{e['shape']}\n{e['setting']}" for e in results], fontsize=8)
     above.set_ylabel("seconds a step")
     below.set_ylabel("kept for the backward beyond\nthe frozen model's, MB")
     for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.14)
     above.legend(frameon=False, fontsize=9)
-    tiny = "TINY MODELS, not a measurement: " if report["mode"] == "tiny" else ""
     above.set_title(
-        f"{tiny}one training step, NF4, rank {RANK}; {report['environment']['cpu']}, {report['threads']} thread(s)",
+        f"{plots.caution(report)}one training step, NF4, rank {RANK}; {plots.machine(report)}",
         fontsize=10,
         loc="left",
     )
     figure.savefig(path)
-    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.block", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, default=RESULTS / "block.json")
-    parser.add_argument("--png", type=Path, default=RESULTS / "block.png")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5, help="of each setting")
-    parser.add_argument("--warm", type=int, default=0, help="rounds before those")
+    parser = script.parser("block", __doc__, tiny="made-up small models")
+    parser.add_argument("--threads", type=script.at_least(1), default=1)
+    parser.add_argument("--rounds", type=script.at_least(1), default=5, help="of each setting")
+    parser.add_argument("--warm", type=script.at_least(0), default=0, help="rounds before those")
     parser.add_argument("--models", choices=MODELS, nargs="+", default=MODELS)
     parser.add_argument("--shapes", choices=tuple(SHAPES), nargs="+", default=tuple(SHAPES))
     parser.add_argument("--settings", choices=tuple(SETTINGS), nargs="+", default=tuple(SETTINGS))
-    parser.add_argument("--tiny", action="store_true", help="made-up small models; needs --json and --png")
     chosen = parser.parse_args(arguments)
-    if chosen.threads < 1 or chosen.rounds < 1 or chosen.warm < 0:
-        parser.error("--threads and --rounds must be at least 1, --warm at least 0")
-    if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
-        parser.error("--tiny is no measurement: say with --json and --png where its files go")
-    try:
-        report = measure(chosen)
-    except (fastlora.FastloraError, RuntimeError) as error:
-        print(f"block: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if not draw(report, chosen.png):
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-    return 0
+    return script.run(parser, chosen, lambda: measure(chosen), table, draw)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def assemble(arena: Arena, seconds: float) -> dict[str, Any]:
         "budget_seconds": options.budget,
         "complete": arena.complete,
         "seconds": round(seconds, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "finished": environment.now(),
         "environment": describe(),
         "cases": [
             {"suite": suite.name} | case.describe()

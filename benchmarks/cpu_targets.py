@@ -17,17 +17,17 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import plots, script, timing
 from benchmarks.arena import _calls, _copies, blank_row
 from benchmarks.cases import Case
 from benchmarks.contenders import Built, Contender
@@ -363,13 +363,12 @@ def _short(line: dict[str, Any]) -> str:
     return f"{line['label']}, {' '.join(case[-2:])} / {line['other'].split(' (')[0]}"
 
 
-def draw(report: dict[str, Any], path: Any) -> None:
+def draw(report: dict[str, Any], path: Path) -> None:
     """Each target line's ratio as a share of its target, one bar a number of threads."""
-    from matplotlib import pyplot
-
     runs = report["runs"]
     labels = [_short(line) for line in runs[0]["lines"] if line["met"] is not None]
-    figure, axes = pyplot.subplots(figsize=(10, 0.3 * len(labels) + 1.6))
+    figure = plots.figure(10, 0.3 * len(labels) + 1.6, 110)
+    axes = figure.add_subplot()
     height = 0.8 / len(runs)
     for number, run in enumerate(runs):
         lines = [line for line in run["lines"] if line["least"] or line["most"]]
@@ -386,9 +385,7 @@ def draw(report: dict[str, Any], path: Any) -> None:
     axes.set_xlabel("share of the target reached (cut at 4)")
     axes.set_title(f"CPU backend beside its targets: {report['environment']['cpu']}", fontsize=9)
     axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figure.savefig(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -406,9 +403,9 @@ def main(arguments: list[str] | None = None) -> int:
     report = {"schema": 1, "tiny": options.tiny, "environment": describe(), "runs": runs}
     where = RESULTS if options.save_results and not options.tiny else SCRATCH
     where.mkdir(parents=True, exist_ok=True)
-    (where / "cpu_targets.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    script.write(report, where / "cpu_targets.json")
     if any(line["ratio"] is not None and (line["least"] or line["most"]) for line in runs[0]["lines"]):
-        draw(report, where / "cpu_targets.png")
+        script.picture(draw, report, where / "cpu_targets.png")
     return 0
 
 

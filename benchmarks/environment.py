@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -38,6 +39,11 @@ def _version(package: str) -> str | None:
             return None
         return str(getattr(bitsandbytes, "__version__", "unknown"))
     return None
+
+
+def now() -> str:
+    """The time, as reports give it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def source_hash() -> str:

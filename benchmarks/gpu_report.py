@@ -325,7 +325,7 @@ def generate(options: Options, contenders: list[Contender] | None = None) -> dic
     deadline = begin + options.budget
     cases = grid(options.dry, options.only)
     taking_part = contenders if contenders is not None else worker.all_contenders(options.contenders)
-    head = {"environment": environment.describe(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    head = {"environment": environment.describe(), "started": environment.now()}
     tests: dict[str, Any] = {"status": "not run", "reason": "they need a GPU" if options.dry else "not asked for"}
     if options.tests and not options.dry and options.budget > 0:
         tests = run_tests(_TEST_SHARE * options.budget)

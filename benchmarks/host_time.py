@@ -12,22 +12,21 @@ rounds' differences to the base. Before that every output is compared with the f
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastlora
-from benchmarks.cpu_report import RESULTS, describe
+from benchmarks import script
+from benchmarks.cpu_report import describe
+from benchmarks.environment import now
 
 SCHEMA = 2
 SIZE, RANK = 64, 8
@@ -187,7 +186,7 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
         "layer": {"in": SIZE, "out": SIZE, "r": RANK, "tokens": 1, "dtype": "float32"},
         "rounds": rounds,
         "calls": calls,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "finished": now(),
         "environment": describe(),
         "results": results,
     }
@@ -207,21 +206,11 @@ def table(report: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, default=RESULTS / "host_time.json")
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--calls", type=int, default=100, help="of each a round")
+    parser = script.parser("host_time", __doc__)
+    parser.add_argument("--rounds", type=script.at_least(1), default=60)
+    parser.add_argument("--calls", type=script.at_least(1), default=100, help="of each a round")
     chosen = parser.parse_args(arguments)
-    if chosen.rounds < 1 or chosen.calls < 1:
-        parser.error("--rounds and --calls must be at least 1")
-    try:
-        report = measure(chosen.rounds, chosen.calls)
-    except (fastlora.FastloraError, RuntimeError, ImportError) as error:
-        print(f"host_time: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    return 0
+    return script.run(parser, chosen, lambda: measure(chosen.rounds, chosen.calls), table)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ bounds the ratio of whole times; "added" compares what the adapters add to it, P
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from benchmarks.cpu_report import RESULTS, describe
+from benchmarks import plots, script, timing
 
 SCHEMA = 1
 RANK = 16
@@ -37,7 +35,6 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # |ours - peft| / |peft|: two orders of summing, each in its dtype. On a CPU with AVX512_BF16 bitsandbytes rounds x to
 # bf16 whatever is asked for: its fp32 rows fail, keep their time and get no ratio.
 BUDGET = {"fp32": 2e-5, "bf16": 2e-2}
-WARM_ROUNDS, LEAST_ROUNDS = 2, 5
 GOALS = {PEFT: 4.0, ONE: 1 / 1.15}  # in eval
 
 
@@ -165,22 +162,6 @@ def parity(ours: dict[str, Tensor], theirs: dict[str, Tensor], budget: float) ->
     return {"ok": all(error <= budget for error in errors.values()), "budget": budget, "errors": errors}
 
 
-def take_turns(steps: dict[str, Step], x: Tensor, dy: Tensor, options: Options) -> dict[str, list[float]]:
-    """Seconds of each contender, in turns; the order rotates by one each round."""
-    names, times = list(steps), {name: [] for name in steps}
-    started = time.perf_counter()
-    for turn in range(-WARM_ROUNDS, options.rounds):
-        if turn >= LEAST_ROUNDS and time.perf_counter() - started > options.budget:
-            break
-        for name in names:
-            before = time.perf_counter()
-            steps[name](x, dy)
-            if turn >= 0:
-                times[name].append(time.perf_counter() - before)
-        names.append(names.pop(0))
-    return times
-
-
 def entry(mode: str, times: dict[str, list[float]], found: dict[str, Any] | None, reason: str) -> dict[str, Any]:
     """One mode's numbers; no ratio over PEFT without parity."""
     own = times[OURS]
@@ -188,7 +169,7 @@ def entry(mode: str, times: dict[str, list[float]], found: dict[str, Any] | None
     def over(name: str) -> float | None:
         if not times.get(name) or (name == PEFT and not (found and found["ok"])):
             return None
-        return statistics.median(other / mine for other, mine in zip(times[name], own, strict=True))
+        return timing.ratio(times[name], own)
 
     ratios = {name: over(name) for name in (PEFT, ONE)}
     goals = {name: None if ratios[name] is None else ratios[name] >= goal for name, goal in GOALS.items()}
@@ -248,7 +229,7 @@ def setting(size: int, base: str, compute: str, options: Options) -> list[dict[s
             except RuntimeError as error:  # what it cannot do is a result too
                 why = f"PEFT raises: {str(error).splitlines()[0]}"
                 del steps[PEFT]
-        times = take_turns(steps, x, dy, options)
+        times = timing.in_turns(steps, [(x, dy)], options.rounds, warm=2, least=5, seconds=options.budget)
         about = {"base": base, "size": size, "compute": compute}
         results.append(about | entry(mode, times, found, why))
     return results
@@ -272,9 +253,7 @@ def measure(options: Options) -> dict[str, Any]:
         "adapter_dtype": "that of the activations",
         "goals": {"peft_over_fastlora": GOALS[PEFT], "one_over_fastlora": round(GOALS[ONE], 4)},
         "threads": options.threads,
-        "seconds": round(time.perf_counter() - started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": describe(),
+        **script.facts(started),
         "results": results,
     }
 
@@ -305,64 +284,42 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> bool:
-    """Milliseconds as bars, one panel a mode; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(9.6, 6.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Milliseconds as bars, one panel a mode."""
+    figure = plots.figure(9.6, 6.2, 120)
     looks = ((PEFT, "PEFT, adapter_names", "#9db4c8"), (OURS, "fastlora, adapter_names", "#2e7d32"))
     looks += ((ONE, "fastlora, one adapter for all rows", "#d7d7d7"),)
     for axes, mode in zip(figure.subplots(2, 1), ("eval", "train"), strict=True):
         rows = [row for row in report["results"] if row["mode"] == mode]
         for place, (name, label, colour) in enumerate(looks):
-            spots = [group + 0.27 * (place - 1) for group in range(len(rows))]
-            values = [row["milliseconds"].get(name, 0.0) for row in rows]
-            bars = axes.bar(spots, values, 0.25, color=colour, label=label)
-            axes.bar_label(bars, [f"{value:.1f}" if value else "-" for value in values], fontsize=7, padding=1)
+            values = [row["milliseconds"].get(name) for row in rows]
+            plots.bars(axes, (place, len(looks)), values, ".1f", color=colour, label=label)
         axes.set_yscale("log")
         axes.margins(y=0.2)
         axes.set_xticks(
             range(len(rows)), [f"{row['size']}\n{row['base']} {row['compute']}" for row in rows], fontsize=8
         )
         axes.set_ylabel(f"ms, {'forward' if mode == 'eval' else 'forward + backward'}")
-        axes.spines[["top", "right"]].set_visible(False)
-    tiny = "TINY LAYERS, not a measurement: " if report["mode"] == "tiny" else ""
     batch = report["batch"]
     figure.suptitle(
-        f"{tiny}{batch['adapters']} adapters of rank {batch['r']}, one row each, one linear layer\n"
-        f"{report['environment']['cpu']}, {report['threads']} thread(s)",
+        f"{plots.caution(report)}{batch['adapters']} adapters of rank {batch['r']}, one row each, one linear layer\n"
+        f"{plots.machine(report)}",
         fontsize=10,
     )
     figure.axes[0].legend(frameon=False, fontsize=8, ncols=3)
     figure.savefig(path)
-    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.many_adapters", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, default=RESULTS / "many_adapters.json")
-    parser.add_argument("--png", type=Path, default=RESULTS / "many_adapters.png")
-    parser.add_argument("--threads", type=int, default=Options.threads)
-    parser.add_argument("--rounds", type=int, default=Options.rounds)
+    parser = script.parser("many_adapters", __doc__, tiny="small layers")
+    parser.add_argument("--threads", type=script.at_least(1), default=Options.threads)
+    parser.add_argument("--rounds", type=script.at_least(1), default=Options.rounds)
     parser.add_argument("--budget", type=float, default=Options.budget, help="seconds for one setting's rounds")
-    parser.add_argument("--tiny", action="store_true", help="small layers; needs --json and --png")
     chosen = parser.parse_args(arguments)
-    if chosen.threads < 1 or chosen.rounds < 1:
-        parser.error("--threads and --rounds must be at least 1")
-    if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
-        parser.error("--tiny is no measurement: say with --json and --png where its files go")
     sizes = (64, 128) if chosen.tiny else Options.sizes
-    report = measure(Options(chosen.threads, chosen.rounds, chosen.budget, sizes, tiny=chosen.tiny))
-    print(table(report))
-    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if not draw(report, chosen.png):
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-    return 0
+    options = Options(chosen.threads, chosen.rounds, chosen.budget, sizes, tiny=chosen.tiny)
+    return script.run(parser, chosen, lambda: measure(options), table, draw)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastlora
-from benchmarks import moe_costs, moe_training
-from benchmarks.cpu_report import RESULTS, describe
+from benchmarks import moe_costs, moe_training, plots, script, timing
+from benchmarks.cpu_report import describe
 from benchmarks.moe_layers import TINY, Ours, Peer, Sizes, methods, tensors_for
 from benchmarks.moe_peer import Seconds
 
@@ -102,9 +101,8 @@ def _median(values: list[Seconds], clock: str) -> float | None:
 
 def _ratio(times: dict[str, list[Seconds]], clock: str) -> float | None:
     """The median over rounds of the peer's time over ours."""
-    pairs = zip(times[OURS], times[PEER], strict=True)
-    ratios = [getattr(theirs, clock) / getattr(ours, clock) for ours, theirs in pairs]
-    return statistics.median(ratios) if ratios else None
+    theirs, ours = ([getattr(each, clock) for each in times[who]] for who in (PEER, OURS))
+    return timing.ratio(theirs, ours)
 
 
 def peer_bytes(name: str, sizes: Sizes) -> int | None:
@@ -137,11 +135,25 @@ def run_part(part: str, options: argparse.Namespace, before: dict[str, Any] | No
     return {
         "layer": sizes._asdict(),
         "threads": options.threads,
-        "seconds": round(time.perf_counter() - started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": load,
+        **script.facts(started, load),
         "results": results,
     }
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The parts that are asked for, the others as the file has them."""
+    torch.set_num_threads(chosen.threads)
+    report: dict[str, Any] = {}
+    if chosen.json.is_file() and (chosen.method or set(chosen.part) != set(PARTS)):
+        report = json.loads(chosen.json.read_text())
+    report |= {
+        "schema": SCHEMA,
+        "mode": "tiny" if chosen.tiny else "cpu",
+        "goals": {"speed": GOAL, "flops": moe_costs.MOST, "saved_bytes": moe_costs.MOST_SAVED},
+    }
+    for part in dict.fromkeys(chosen.part):
+        report[part] = run_part(part, chosen, report.get(part))
+    return report
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -187,15 +199,9 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> bool:
-    """Times as bars, and the training's losses and experts' load; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(9.6, 6.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Times as bars, and the training's losses and experts' load."""
+    figure = plots.figure(9.6, 6.4, 120)
     grid = figure.add_gridspec(2, 6)
     if "speed" in report:
         _draw_speed(figure.add_subplot(grid[0, :3]), report["speed"])
@@ -206,7 +212,6 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     if report["mode"] == "tiny":
         figure.suptitle("TINY LAYERS, not a measurement", fontsize=10)
     figure.savefig(path)
-    return True
 
 
 def _draw_speed(axes: Any, part: dict[str, Any]) -> None:
@@ -226,7 +231,7 @@ def _draw_speed(axes: Any, part: dict[str, Any]) -> None:
     axes.set_title(
         f"one fp32 layer {layer['hidden']} x {layer['width']}, {layer['sequences'] * layer['length']} tokens, "
         f"{layer['experts']} experts of rank {layer['rank']}\n"
-        f"{part['environment']['cpu']}, {part['threads']} thread(s)",
+        f"{plots.machine(part)}",
         fontsize=7,
         loc="left",
     )
@@ -237,44 +242,17 @@ def _draw_speed(axes: Any, part: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe", description=(__doc__ or "").split("\n")[0])
+    parser = script.parser("moe", __doc__, tiny="small layers")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument("--json", type=Path, default=RESULTS / "moe.json")
-    parser.add_argument("--png", type=Path, default=RESULTS / "moe.png")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=25, help="of each method at most")
+    parser.add_argument("--threads", type=script.at_least(1), default=1)
+    parser.add_argument("--rounds", type=script.at_least(1), default=25, help="of each method at most")
     parser.add_argument("--budget", type=float, default=8.0, help="seconds for one method's rounds")
-    parser.add_argument("--steps", type=int, default=36, help="of training with each method")
+    parser.add_argument("--steps", type=script.at_least(1), default=36, help="of training with each method")
     parser.add_argument(
         "--method", choices=tuple(moe_training.METHODS), nargs="+", default=(), help="train only these again"
     )
-    parser.add_argument("--tiny", action="store_true", help="small layers; needs --json and --png")
     chosen = parser.parse_args(arguments)
-    if min(chosen.threads, chosen.rounds, chosen.steps) < 1:
-        parser.error("--threads, --rounds and --steps must be at least 1")
-    if chosen.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
-        parser.error("--tiny is no measurement: say with --json and --png where its files go")
-    torch.set_num_threads(chosen.threads)
-    report: dict[str, Any] = {}
-    if chosen.json.is_file() and (chosen.method or set(chosen.part) != set(PARTS)):
-        report = json.loads(chosen.json.read_text())
-    report |= {
-        "schema": SCHEMA,
-        "mode": "tiny" if chosen.tiny else "cpu",
-        "goals": {"speed": GOAL, "flops": moe_costs.MOST},
-    }
-    report["goals"]["saved_bytes"] = moe_costs.MOST_SAVED
-    try:
-        for part in dict.fromkeys(chosen.part):
-            report[part] = run_part(part, chosen, report.get(part))
-    except fastlora.FastloraError as error:
-        print(f"moe: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if not draw(report, chosen.png):
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-    return 0
+    return script.run(parser, chosen, lambda: measure(chosen), table, draw)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import plots
 from benchmarks.cpu_report import RESULTS, ROOT
 
 OUT = ROOT / "docs" / "images" / "fused_layer.png"
@@ -169,11 +170,7 @@ def _bars(axes: Any, groups: Sequence[Sequence[Bar]], title: str, about: str) ->
 
 def draw(layers: dict[str, Any], model: dict[str, Any] | None, path: Path) -> None:
     """Write the picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.6, 5.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.figure(12.6, 5.0, 150)
     left, right = figure.subplots(1, 2, width_ratios=(1.06, 1))
     left.set(xlim=(-0.1, 10.1), ylim=(0, 9.9))
     left.axis("off")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,49 @@ _AGAINST = {
 }
 
 
+def figure(width: float, height: float, dpi: int) -> Any:
+    """An empty figure of so many inches, which no display is needed for.
+
+    Raises:
+        ImportError: matplotlib cannot be imported.
+    """
+    from matplotlib import figure as figures
+
+    return figures.Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def caution(report: dict[str, Any]) -> str:
+    """What the title of a tiny run's picture begins with."""
+    return "TINY, not a measurement: " if report["mode"] == "tiny" else ""
+
+
+def machine(report: dict[str, Any]) -> str:
+    """Where its times were taken."""
+    return f"{report['environment']['cpu']}, {report['threads']} thread(s)"
+
+
+def bars(
+    axes: Any, at: tuple[int, int], values: Sequence[float | None], form: str = ".2f", size: int = 7, **looks: str
+) -> None:
+    """One of several series of bars side by side, a group an index, their values above; "-" where there is none.
+
+    Args:
+        at: which of the series this is, and how many there are.
+        form, size: of the values. looks: label and color.
+    """
+    (place, count), pitch = at, 0.81 / at[1]
+    spots = [group + pitch * (place - (count - 1) / 2) for group in range(len(values))]
+    drawn = axes.bar(spots, [value or 0.0 for value in values], 0.92 * pitch, **looks)
+    axes.bar_label(drawn, ["-" if value is None else format(value, form) for value in values], fontsize=size, padding=2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw(report: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:
     """Write the plots.
 
     Returns:
         their file names, and the reason when there are none.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        return [], f"matplotlib cannot be imported: {error}"
     cases = {case["name"]: case for case in report["cases"]}
     training = [name for name, case in cases.items() if case["op"] == "linear" and case["train"]]
     decoding = [name for name, case in cases.items() if case["op"] == "linear" and not case["train"]]
@@ -49,9 +80,10 @@ def draw(report: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:
     for name, (labels, series, title) in pictures.items():
         if not any(value is not None for values in series.values() for value in values):
             continue
-        figure = _bars(pyplot, report, cases, labels, series, title)
-        figure.savefig(folder / name, dpi=110)
-        pyplot.close(figure)
+        try:
+            _bars(report, cases, labels, series, title).savefig(folder / name)
+        except ImportError as error:
+            return [], f"matplotlib cannot be imported: {error}"
         written.append(name)
     return written, None if written else "no number to plot"
 
@@ -62,36 +94,29 @@ def draw_speedups(report: dict[str, Any], path: Path) -> str | None:
     Returns:
         why there is no picture, None when it was written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        return f"matplotlib cannot be imported: {error}"
     panels = {dtype: _speedups(report, dtype) for dtype in ("fp32", "bf16")}
     panels = {dtype: entries for dtype, entries in panels.items() if entries}
     if not panels:
         return "no number to plot"
     tallest = max(len(entries) for entries in panels.values())
-    figure, grid = pyplot.subplots(
-        1, len(panels), figsize=(7.5 * len(panels), 1.6 + 0.42 * tallest), layout="constrained", squeeze=False
-    )
+    try:
+        whole = figure(7.5 * len(panels), 1.6 + 0.42 * tallest, 100)
+    except ImportError as error:
+        return f"matplotlib cannot be imported: {error}"
+    grid = whole.subplots(1, len(panels), squeeze=False)
     for axes, (dtype, entries) in zip(grid[0], panels.items(), strict=True):
         _speedup_bars(axes, dtype, entries)
     about = report["environment"]
     bf16 = "native bf16" if about["native_bf16"] else "no native bf16"
-    tiny = "TINY CASES, not a measurement: " if report["mode"] == "tiny" else ""
-    figure.suptitle(
-        f"{tiny}speed-up of fastlora (right of 1: fastlora is faster)\n"
+    whole.suptitle(
+        f"{caution(report)}speed-up of fastlora (right of 1: fastlora is faster)\n"
         f"{about['cpu']}, {about['torch_tier']}, {bf16}, {report['threads']} thread(s), torch "
         f"{about['packages']['torch']}",
         fontsize=11,
     )
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=len(labels))
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    whole.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=len(labels))
+    whole.savefig(path)
     return None
 
 
@@ -153,7 +178,6 @@ def _bytes(report: dict[str, Any], labels: list[str]) -> dict[str, list[float | 
 
 
 def _bars(
-    pyplot: Any,
     report: dict[str, Any],
     cases: dict[str, Any],
     labels: list[str],
@@ -161,7 +185,8 @@ def _bars(
     title: str,
 ) -> Any:
     """Grouped bars, one group a case; our targets as ticks where the plot shows ratios."""
-    figure, axes = pyplot.subplots(figsize=(max(7.0, 1.5 * len(labels) + 2), 5.0), layout="constrained")
+    whole = figure(max(7.0, 1.5 * len(labels) + 2), 5.0, 110)
+    axes = whole.add_subplot()
     width = 0.8 / max(1, len(series))
     for index, (name, values) in enumerate(series.items()):
         spots = [group - 0.4 + (index + 0.5) * width for group in range(len(labels))]
@@ -179,4 +204,4 @@ def _bars(
     axes.set_title(f"{dry}{title}\n{gpu}, torch {report['environment']['packages']['torch']}", fontsize=10)
     axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
     axes.legend(fontsize=8, ncols=2)
-    return figure
+    return whole

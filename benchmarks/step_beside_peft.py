@@ -13,10 +13,8 @@ costs that trains nothing.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -29,14 +27,13 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from benchmarks.cpu_report import RESULTS, describe
+from benchmarks import plots, script, timing
 
 SCHEMA = 1
 RANK, ALPHA, RATE, CLIP = 16, 32, 1e-3, 1.0
 DROPOUTS = (0.0, 0.05)
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOSS_BUDGET = 0.02  # between two implementations of the same model on the same batch
-WARM_ROUNDS, LEAST_ROUNDS = 1, 3
 OURS, PEFT, FLOOR = "fastlora", "peft", "frozen"
 IGNORE = -100
 
@@ -132,28 +129,36 @@ def _four_bit(model: nn.Module, ours: nn.Module, compute: torch.dtype) -> nn.Mod
     return model
 
 
-def build_ours(model: nn.Module, compute: torch.dtype, p: float) -> nn.Module:
-    """The model with our NF4 layers; B is random, so that the adapter counts from the first step."""
-    config = fastlora.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=p, init_seed=0)
-    fastlora.convert(model.to(compute), config, quantize="nf4", double_quant=True, progress=False)
+def randomize(model: nn.Module, kind: str, std: float) -> None:
+    """Random parameters whose names hold `kind`, the zeros of a new adapter, so that it counts from the first step."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.01, generator=generator)
+        if kind in name:
+            parameter.data.normal_(std=std, generator=generator)
+
+
+def build_ours(model: nn.Module, compute: torch.dtype, p: float, dora: bool = False) -> nn.Module:
+    """The model with our NF4 layers and a random B."""
+    config = fastlora.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=p, use_dora=dora, init_seed=0)
+    fastlora.convert(model.to(compute), config, quantize="nf4", double_quant=True, progress=False)
+    randomize(model, "lora_B", 0.01)
     return model
 
 
-def build_peft(model: nn.Module, ours: nn.Module, compute: torch.dtype) -> nn.Module:
-    """PEFT over bitsandbytes, with the adapter read from the folder that ours is saved to."""
+def with_adapter(model: nn.Module, ours: nn.Module) -> Any:
+    """PEFT's model with the adapter read from the folder that ours is saved to."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise Missing(f"peft cannot be imported: {error}") from error
-    model = _four_bit(model.to(compute), ours, compute)
     with tempfile.TemporaryDirectory() as folder:
         fastlora.save_adapter(ours, folder)
-        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    inner: nn.Module = wrapped.base_model.model
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def build_peft(model: nn.Module, ours: nn.Module, compute: torch.dtype) -> nn.Module:
+    """PEFT over bitsandbytes, with the same adapter."""
+    inner: nn.Module = with_adapter(_four_bit(model.to(compute), ours, compute), ours).base_model.model
     return inner
 
 
@@ -237,35 +242,30 @@ def parity(ours: nn.Module, peft: nn.Module, batch: Batch, compute: torch.dtype)
         RuntimeError: the losses differ by more than the budget, or the gradients are not of the same parameters.
     """
     (loss, own), (other_loss, other) = (_gradients(model, batch, compute) for model in (ours, peft))
+    apart = gradients_apart((loss, other_loss), own, other, LOSS_BUDGET)
+    return {
+        "loss": loss,
+        "loss_peft": other_loss,
+        "adapters": len(own),
+        "gradient_difference": apart if compute == torch.float32 else None,
+    }
+
+
+def gradients_apart(
+    losses: tuple[float, float], own: dict[str, Tensor], other: dict[str, Tensor], budget: float
+) -> float:
+    """How far our gradients are from PEFT's, over PEFT's norm.
+
+    Raises:
+        RuntimeError: the losses differ by more than the budget, or the gradients are not of the same parameters.
+    """
     if set(own) != set(other) or not own:
         raise RuntimeError(f"{len(own)} of our parameters have gradients and {len(other)} of PEFT's, or other ones")
-    if not abs(loss - other_loss) <= LOSS_BUDGET:
-        raise RuntimeError(f"parity failed: loss {loss:.4f} here and {other_loss:.4f} with PEFT, budget {LOSS_BUDGET}")
-    found: dict[str, Any] = {"loss": loss, "loss_peft": other_loss, "adapters": len(own), "gradient_difference": None}
-    if compute != torch.float32:
-        return found
-    squares = [((own[name] - other[name]).square().sum(), other[name].square().sum()) for name in own]
-    apart = (sum(one for one, _ in squares) / sum(two for _, two in squares)) ** 0.5
-    return found | {"gradient_difference": float(apart)}
-
-
-def take_turns(
-    steps: dict[str, Callable[[Batch], float]], batches: Sequence[Batch], rounds: int, seconds: float
-) -> dict[str, list[float]]:
-    """Seconds of each contender's steps, in turns on the same batches; the order rotates by one each round."""
-    names, times = list(steps), {name: [] for name in steps}
-    started = time.perf_counter()
-    for turn in range(-WARM_ROUNDS, rounds):
-        if turn >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
-            break
-        batch = batches[turn % len(batches)]
-        for name in names:
-            before = time.perf_counter()
-            steps[name](batch)
-            if turn >= 0:
-                times[name].append(time.perf_counter() - before)
-        names.append(names.pop(0))
-    return times
+    loss, other_loss = losses
+    if not abs(loss - other_loss) <= budget:
+        raise RuntimeError(f"parity failed: loss {loss:.5f} here and {other_loss:.5f} with PEFT, budget {budget}")
+    apart = sum((own[name] - other[name]).square().sum() for name in own)
+    return float((apart / sum(grad.square().sum() for grad in other.values())) ** 0.5)
 
 
 def setting(model: nn.Module, batches: list[Batch], compute: str, options: Options) -> list[dict[str, Any]]:
@@ -285,7 +285,8 @@ def setting(model: nn.Module, batches: list[Batch], compute: str, options: Optio
             reasons[PEFT] = str(error)
         steps[f"{OURS} {p}"] = trainer(ours, dtype)
     steps[FLOOR] = frozen(copy.deepcopy(model).to(dtype), dtype)
-    times = take_turns(steps, batches, options.steps, options.budget / len(options.compute))
+    seconds = options.budget / len(options.compute)
+    times = timing.in_turns(steps, [(batch,) for batch in batches], options.steps, seconds=seconds)
     return [_entry(times, compute, p, found, reasons) for p in options.dropouts]
 
 
@@ -294,18 +295,13 @@ def _entry(
 ) -> dict[str, Any]:
     samples = {OURS: times[f"{OURS} {p}"], PEFT: times.get(f"{PEFT} {p}", []), FLOOR: times[FLOOR]}
     own = samples[OURS]
-
-    def over(name: str) -> float | None:
-        ratios = [other / mine for other, mine in zip(samples[name], own, strict=False)]
-        return statistics.median(ratios) if ratios else None
-
     return {
         "compute": compute,
         "dropout": p,
         "rounds": len(own),
         "seconds": {name: statistics.median(values) if values else None for name, values in samples.items()},
-        "peft_over_fastlora": over(PEFT),
-        "frozen_over_fastlora": over(FLOOR),
+        "peft_over_fastlora": timing.ratio(samples[PEFT], own),
+        "frozen_over_fastlora": timing.ratio(samples[FLOOR], own),
         "parity": found,
         "reasons": reasons,
         "samples": samples,
@@ -333,9 +329,7 @@ def measure(options: Options) -> dict[str, Any]:
             "tokens_median": int(statistics.median(batch.ids.numel() for batch in used)),
         },
         "threads": options.threads,
-        "seconds": round(time.perf_counter() - started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": describe(),
+        **script.facts(started),
         "results": results,
     }
 
@@ -366,15 +360,9 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: Path) -> bool:
-    """Seconds a step as bars, one group a setting; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(7.2, 3.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Seconds a step as bars, one group a setting."""
+    figure = plots.figure(7.2, 3.8, 130)
     axes = figure.add_subplot()
     looks = (
         (PEFT, "PEFT + bitsandbytes", "#9db4c8"),
@@ -382,58 +370,39 @@ def draw(report: dict[str, Any], path: Path) -> bool:
         (FLOOR, "frozen model", "#d7d7d7"),
     )
     for place, (name, label, colour) in enumerate(looks):
-        spots = [group + 0.27 * (place - 1) for group in range(len(report["results"]))]
-        values = [entry["seconds"][name] or 0.0 for entry in report["results"]]
-        bars = axes.bar(spots, values, 0.25, color=colour, label=label)
-        axes.bar_label(bars, [f"{value:.2f}" if value else "-" for value in values], fontsize=8, padding=2)
+        values = [entry["seconds"][name] for entry in report["results"]]
+        plots.bars(axes, (place, len(looks)), values, size=8, color=colour, label=label)
     names = [f"{entry['compute']}, dropout {entry['dropout']}" for entry in report["results"]]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("seconds a step")
-    tiny = "TINY MODEL, not a measurement: " if report["mode"] == "tiny" else ""
     axes.set_title(
-        f"{tiny}one training step, {report['model']}, NF4, rank {RANK}\n{report['environment']['cpu']}, "
-        f"{report['threads']} thread(s), {report['batch']['tokens_median']} tokens",
+        f"{plots.caution(report)}one training step, {report['model']}, NF4, rank {RANK}\n"
+        f"{plots.machine(report)}, {report['batch']['tokens_median']} tokens",
         fontsize=10,
         loc="left",
     )
-    axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path)
-    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_beside_peft", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, default=RESULTS / "step_beside_peft.json")
-    parser.add_argument("--png", type=Path, default=RESULTS / "step_beside_peft.png")
-    parser.add_argument("--threads", type=int, default=Options.threads)
-    parser.add_argument("--steps", type=int, default=Options.steps, help="rounds of each setting")
-    parser.add_argument("--tokens", type=int, default=Options.tokens, help="of a batch, about (0: the demo's batches)")
+    parser = script.parser("step_beside_peft", __doc__, tiny="a made-up small model")
+    parser.add_argument("--threads", type=script.at_least(1), default=Options.threads)
+    parser.add_argument("--steps", type=script.at_least(1), default=Options.steps, help="rounds of each setting")
+    parser.add_argument(
+        "--tokens", type=script.at_least(0), default=Options.tokens, help="of a batch, about (0: the demo's batches)"
+    )
     parser.add_argument("--budget", type=float, default=Options.budget, help="seconds for all rounds")
     parser.add_argument("--compute", choices=tuple(COMPUTE), nargs="+", default=Options.compute)
     parser.add_argument("--dropout", type=float, nargs="+", default=Options.dropouts)
-    parser.add_argument("--tiny", action="store_true", help="a made-up small model; needs --json and --png")
     chosen = parser.parse_args(arguments)
     several = {"compute": tuple(dict.fromkeys(chosen.compute)), "dropouts": tuple(dict.fromkeys(chosen.dropout))}
     options = Options(chosen.threads, chosen.steps, chosen.tokens, chosen.budget, tiny=chosen.tiny, **several)
-    if options.threads < 1 or options.steps < 1 or options.tokens < 0:
-        parser.error("--threads and --steps must be at least 1, --tokens at least 0")
     if not all(0 <= p < 1 for p in options.dropouts):
         parser.error("--dropout must be in [0, 1)")
-    if options.tiny and RESULTS in (chosen.json.resolve().parent, chosen.png.resolve().parent):
-        parser.error("--tiny is no measurement: say with --json and --png where its files go")
-    try:
-        report = measure(options)
-    except (fastlora.FastloraError, RuntimeError) as error:
-        print(f"step_beside_peft: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    chosen.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    if not draw(report, chosen.png):
-        print("no plot: matplotlib is not installed", file=sys.stderr)
-    return 0
+    return script.run(parser, chosen, lambda: measure(options), table, draw)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -154,6 +154,44 @@ def take_turns(
     samples = {name: [read() for read in made] for name, made in reads.items() if made and name not in failed}
     failed |= {name: LATE for name in jobs if name not in samples and name not in failed}
     return samples, failed
+
+
+def in_turns(
+    steps: Mapping[str, Callable[..., object]],
+    inputs: Sequence[tuple[Any, ...]],
+    rounds: int,
+    *,
+    warm: int = 1,
+    least: int = 3,
+    seconds: float = float("inf"),
+) -> dict[str, list[float]]:
+    """Seconds of steps that are long enough to be timed one by one, in turns; the order rotates by one each round.
+
+    Args:
+        steps: called with the same inputs within a round.
+        inputs: of one round after the other, then again from the first.
+        rounds: to take, after `warm` that are not timed.
+        least: how many are taken at least; then `seconds` may end it.
+    """
+    names, times = list(steps), {name: [] for name in steps}
+    started = time.perf_counter()
+    for turn in range(-warm, rounds):
+        if turn >= least and time.perf_counter() - started > seconds:
+            break
+        given = inputs[turn % len(inputs)]
+        for name in names:
+            step = steps[name]
+            before = time.perf_counter()
+            step(*given)
+            if turn >= 0:
+                times[name].append(time.perf_counter() - before)
+        names.append(names.pop(0))
+    return times
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """The median of the rounds' ratios, one over other; None where one took no part."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True)) if one else None
 
 
 def capture(call: Callable[[int], Tensor], copies: int) -> tuple[Job, Tensor, Any]:

@@ -92,6 +92,11 @@ def snapshot(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     return state
 
 
+def outline(model: nn.Module) -> Any:
+    """All a failed convert could have changed: modules, parameters' identity and values, requires_grad."""
+    return snapshot(model), [id(module) for module in model.modules()], [id(p) for p in model.parameters()]
+
+
 def grads(run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     """y, dx and the gradient of each parameter."""
     x = x.detach().clone().requires_grad_()

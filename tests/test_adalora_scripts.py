@@ -55,7 +55,8 @@ def test_every_base_has_times_ratios_and_pefts_loss(report, tmp_path):
         assert entry["parity"]["loss"] == pytest.approx(entry["parity"]["loss_peft"], abs=1e-5)
         assert entry["parity"]["gradient_difference"] < 1e-4
     assert "8.6" in bench.table(report)
-    assert bench.draw(report, tmp_path / "a.png")
+    bench.draw(report, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(report, allow_nan=False)
 
 

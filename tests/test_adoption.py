@@ -94,9 +94,21 @@ def test_a_nudge_moves_about_half_of_an_output_by_one_unit():
     assert 0.45 < steps.double().mean().item() < 0.55
 
 
-def test_a_tiny_run_does_not_overwrite_the_results():
+@pytest.mark.parametrize("more", [(), ("--group",)])
+def test_a_tiny_run_does_not_overwrite_the_results(more, capsys):
     with pytest.raises(SystemExit):
-        adoption.main(["--tiny"])
+        adoption.main(["--tiny", *more])
+    assert "no measurement" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "name"), [((), "adoption"), (("--group",), "grouped")])
+def test_grouped_runs_have_files_of_their_own(more, name, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(adoption.script, "run", lambda parser, chosen, *_: seen.append(chosen) or 0)
+    assert adoption.main([*more]) == 0
+    assert adoption.main(["--png", str(tmp_path / "a.png"), *more]) == 0
+    assert [chosen.json for chosen in seen] == [RESULTS / f"{name}.json"] * 2
+    assert [chosen.png for chosen in seen] == [RESULTS / f"{name}.png", tmp_path / "a.png"]
 
 
 @pytest.mark.parametrize(

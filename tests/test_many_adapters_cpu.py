@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlora import settings, testing
-from fastlora.backends import _cpu_library, cpu
+from fastlora.backends import _cpu_library, cpu_grouped
 from fastlora.math.segments import Group, segments
 from fastlora.problem import (
     DENSE,
@@ -101,9 +101,9 @@ def test_a_row_does_not_depend_on_its_neighbours(tier):
         sizes = (len(some), 75, 1100, max(ranks), torch.float32, torch.float32, DENSE)
         y, dx, rows = torch.zeros(len(some), 75), torch.zeros(len(some), 1100), segments(owner[some], 5)
         x, dy = many.whole.x[some], many.whole.dy[some]
-        cpu.grouped_fwd(Problem("grouped_fwd", *sizes, 0, "cpu", 5), x, y, None, group, rows, None, None)
+        cpu_grouped.grouped_fwd(Problem("grouped_fwd", *sizes, 0, "cpu", 5), x, y, None, group, rows, None, None)
         problem = Problem("grouped_bwd", *sizes, NEED_DX, "cpu", 5)
-        cpu.grouped_bwd(problem, dy, x, group, rows, None, None, None, dx, None)
+        cpu_grouped.grouped_bwd(problem, dy, x, group, rows, None, None, None, dx, None)
         return y, dx
 
     with settings.override(cpu_tier=tier):
@@ -152,12 +152,16 @@ def test_guard_bands(tier, dtype):
             kinds,
         )
         sizes = (m, n, k, 16, dtype, dtype, DENSE, flags, "cpu", 3)
-        mask = put(cpu.grouped_mask(Problem("grouped_mask", *sizes), rows, group, seed))
+        mask = put(cpu_grouped.grouped_mask(Problem("grouped_mask", *sizes), rows, group, seed))
         out, dx_out = put(y.clone()), put(dx.clone())
         forward = Problem("grouped_fwd", *sizes)
-        h, z = cpu.grouped_fwd(forward, put(x), out, put(randn(n).float() * 0 + 1), group, rows, mask, put(late))
+        h, z = cpu_grouped.grouped_fwd(
+            forward, put(x), out, put(randn(n).float() * 0 + 1), group, rows, mask, put(late)
+        )
         backward = Problem("grouped_bwd", *sizes[:7], flags | needs | NEED_DX, "cpu", 3)
-        grads = cpu.grouped_bwd(backward, put(dy), put(x), group, rows, put(h), mask, put(z), dx_out, put(late_dx))
+        grads = cpu_grouped.grouped_bwd(
+            backward, put(dy), put(x), group, rows, put(h), mask, put(z), dx_out, put(late_dx)
+        )
         if wrap is guarded:
             assert all(each.intact() for each in made)
         return [mask, out, h, z, dx_out, *grads]
@@ -179,7 +183,7 @@ def test_masks_equal_the_reference_bit_for_bit():
     seed = torch.tensor([2**41 + 9])
     for tier in TIERS:
         with settings.override(cpu_tier=tier):
-            bits = cpu.grouped_mask(problem, segments(owner, 3), group, seed)
+            bits = cpu_grouped.grouped_mask(problem, segments(owner, 3), group, seed)
         assert torch.equal(bits, dropout_bits(seed, owner, group.streams, group.ps, 43))
 
 

@@ -11,7 +11,7 @@ from fastlora import settings
 from fastlora.backends import _cpu_library, cpu_mixture, reference_mixture
 from fastlora.dispatch import registry
 from fastlora.math.activations import activation
-from fastlora.math.segments import segments
+from fastlora.math.segments import GatedExperts, segments
 from fastlora.ops import experts_fused
 from fastlora.problem import DENSE, Problem
 from fastlora.testing import guarded
@@ -61,13 +61,11 @@ class Drawn:
         rows = segments(self.index.reshape(-1), self.experts)
         sides = [None if s is None else (place(s[0]), place(s[1]), s[2]) for s in self.sides]
         x, w, dy, c1, c3, d = (place(t) for t in (self.x, self.w, self.dy, self.c1, self.c3, self.d))
-        hidden, y, hs = backend.mixture_fwd(
-            self.problem("mixture_fwd"), x, w, rows, act, (c1, c3), sides, self.out, True
-        )
+        given = GatedExperts(x, w, rows, act, (c1, c3), sides)
+        hidden, y, hs = backend.mixture_fwd(self.problem("mixture_fwd"), given, self.out, True)
         found = {"hidden": hidden, "y": y}
-        back = backend.mixture_bwd(
-            self.problem("mixture_bwd"), dy, x, w, rows, act, (c1, c3), d, sides, hs, [(True, True)] * 3, True, True
-        )
+        needs = [(True, True)] * 3
+        back = backend.mixture_bwd(self.problem("mixture_bwd"), dy, given, d, hs, needs, True, True)
         found |= dict(zip(("d_gate", "d_up", "dx", "dw"), back[:4], strict=True))
         for name, h, pair in zip(("gate", "up", "down"), hs, back[4], strict=True):
             found |= {f"{name} {what}": t for what, t in zip(("h", "da", "db"), (h, *pair), strict=True)}
@@ -189,8 +187,8 @@ def test_large_and_missing_numbers_pass_the_activation():
     problem = Problem("mixture_fwd", 1, 8, 2, 1, torch.float32, torch.float32, DENSE, 0, "cpu", 1)
     side = (torch.zeros(1, 1, 2), torch.zeros(1, 8, 1), 1.0)
     for act in ACTS:
-        given = (torch.ones(1, 2), w, rows, act, (gate, ones), (side, None, None), 2, False)
-        hidden, _, hs = cpu_mixture.mixture_fwd(problem, *given)
+        given = GatedExperts(torch.ones(1, 2), w, rows, act, (gate, ones), (side, None, None))
+        hidden, _, hs = cpu_mixture.mixture_fwd(problem, given, 2, False)
         assert hs == [None] * 3
         want = activation(act).forward(gate, torch.empty_like(gate))
         torch.testing.assert_close(hidden, want, rtol=2e-6, atol=1e-30, equal_nan=True)

@@ -200,8 +200,30 @@ def test_training_on_a_tiny_model_and_the_report(counts, tmp_path):
     report = {"mode": "tiny", "counts": {"results": list(counts.values())}, "training": {"results": results}}
     text = bench.table(report)
     assert text.count("same tokens") == 3
-    assert bench.draw(report, tmp_path / "moe.png")
+    bench.draw(report, tmp_path / "moe.png")
+    assert (tmp_path / "moe.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(report, allow_nan=False)
+
+
+def test_parts_that_are_not_asked_for_stay_as_they_are(tmp_path, monkeypatch):
+    seen = []
+
+    def run_part(part, options, before):
+        seen.append((part, before))
+        return {"results": [part]}
+
+    monkeypatch.setattr(bench, "run_part", run_part)
+    monkeypatch.setattr(bench, "table", lambda report: "")
+    monkeypatch.setattr(bench, "draw", lambda report, path: None)
+    path = tmp_path / "moe.json"
+    path.write_text(json.dumps({"speed": {"results": "old"}, "counts": {"results": "older"}}))
+    files = ["--json", str(path), "--png", str(tmp_path / "moe.png")]
+    assert bench.main([*files, "--tiny", "--part", "counts"]) == 0
+    report = json.loads(path.read_text())
+    assert (report["speed"], report["counts"]) == ({"results": "old"}, {"results": ["counts"]})
+    assert report["mode"] == "tiny" and set(report["goals"]) == {"speed", "flops", "saved_bytes"}
+    assert bench.main([*files, "--tiny"]) == 0  # all parts: nothing of the file is read
+    assert seen == [("counts", {"results": "older"}), *((part, None) for part in bench.PARTS)]
 
 
 def test_a_tiny_run_does_not_overwrite_results(capsys):

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import picture
 from benchmarks import step_beside_peft as bench
+from benchmarks.cpu_report import RESULTS
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -71,15 +72,6 @@ def test_a_step_trains_the_adapter_and_nothing_else(model_and_batches):
     assert changed == {name for name in before if ".lora_" in name}
 
 
-def test_turns_rotate_and_stop_with_the_budget():
-    seen = []
-    steps = {name: lambda batch, name=name: seen.append((name, batch)) for name in "abc"}
-    times = bench.take_turns(steps, [10, 11], rounds=9, seconds=0.0)
-    assert [name for name, _ in seen] == list("abcbcacababc")
-    assert {len(values) for values in times.values()} == {bench.LEAST_ROUNDS}
-    assert all(len({batch for _, batch in seen[at : at + 3]}) == 1 for at in range(0, len(seen), 3))
-
-
 def test_files_and_table(tmp_path, capsys):
     files = [tmp_path / "out.json", tmp_path / "out.png"]
     arguments = ["--tiny", "--steps", "1", "--compute", "fp32", "--dropout", "0.1"]
@@ -100,7 +92,7 @@ def test_bad_arguments_are_refused(arguments, capsys):
 
 
 def test_results_say_what_they_were_measured_on():
-    path = bench.RESULTS / "step_beside_peft.json"
+    path = RESULTS / "step_beside_peft.json"
     if not path.is_file():
         pytest.skip("not measured yet")
     report = json.loads(path.read_text())
@@ -114,7 +106,7 @@ def test_results_say_what_they_were_measured_on():
 
 
 def test_picture_shows_what_the_results_hold(report, tmp_path):
-    layers = json.loads((bench.RESULTS / "cpu.json").read_text())
+    layers = json.loads((RESULTS / "cpu.json").read_text())
     for dtype in ("fp32", "bf16"):
         bars = picture.layer_bars(layers, dtype)
         assert len(bars) == len(picture.LAYERS)

@@ -1,7 +1,8 @@
 """Loading the compiled CPU library and calling it: plain C through ctypes, no torch headers, nothing at import.
 
 The library is opened at its first use, after torch, so that its OpenMP runtime is the one torch brought along and both
-share one pool of threads. Every call passes one record of 8-byte fields, `struct Args` of csrc/cpu/args.h.
+share one pool of threads. Every call passes one record of 8-byte fields, `struct Args` of csrc/cpu/args.h: numbers, and
+the addresses of tensors, of copies where they do not lie as the library reads.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import functools
 import pathlib
 import struct
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
+from torch import Tensor
 
 from fastlora import settings
+from fastlora.dispatch.registry import Limits
 from fastlora.errors import UnsupportedError
 
 T = TypeVar("T")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers the library knows them by
 ABI_VERSION = 4
 INSTALLED = pathlib.Path(__file__).resolve().parent.parent / "_lib" / "libfastlora_cpu.so"
 # Written beside the library by a build that could not make it; its text says why.
@@ -180,6 +184,12 @@ def missing() -> str:
     return found.why_not_tier(forced) if forced else ""
 
 
+# What every op on a layer's tensors asks for.
+ADAPTED = Limits(
+    devices=frozenset({"cpu"}), dtypes=frozenset(DTYPES), adapter_dtypes=frozenset(DTYPES), missing=missing
+)
+
+
 def library() -> Library:
     """The loaded library.
 
@@ -237,3 +247,39 @@ def pack(
         *weight,
         *(x, a, b, bias, mag, norm, y, h, mask, z, dy, dx, da, db, dmag, dbias, out_bytes, out_scales),
     )
+
+
+# --- what a record holds of a tensor ----------------------------------------------------------------------------------
+
+
+@overload
+def f32(t: Tensor) -> Tensor: ...
+@overload
+def f32(t: None) -> None: ...
+def f32(t: Tensor | None) -> Tensor | None:
+    """A small operand as contiguous fp32: itself where it is that already."""
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.float().contiguous()
+
+
+def address(t: Tensor | None) -> int:
+    """Where it lies, 0 for an absent one."""
+    return 0 if t is None else t.data_ptr()
+
+
+def aligned(t: Tensor | None, keep: list[Tensor]) -> int:
+    """Address of what is read in units of 4 bytes; a misaligned or strided part is copied into `keep` first."""
+    if t is None:
+        return 0
+    place = t.data_ptr()
+    if place % 4 or not t.is_contiguous():
+        t = moved(t)
+        keep.append(t)
+        place = t.data_ptr()
+    return place
+
+
+def moved(t: Tensor) -> Tensor:
+    """A contiguous copy, which begins where the library can read."""
+    return t.clone(memory_format=torch.contiguous_format)

@@ -1,27 +1,25 @@
-"""The CPU backend: every op over the compiled library (csrc/cpu), for dense and 4-bit weights.
+"""The CPU backend: the formats and a layer with one adapter, over the compiled library (csrc/cpu).
 
 What it computes is written in the ops' contract; how, in csrc/cpu: forward.h, backward.h, few_fwd.h and few_bwd.h (few
-tokens), grouped.h (several adapters in one batch), norm.h and quantize.h. All arithmetic is fp32 inside, except that
-bf16 problems use the CPU's bf16 dot products where it has them: fp32 accumulation, each operand rounded once to bf16.
-Results do not depend on the number of threads, bit for bit.
+tokens), norm.h and quantize.h. All arithmetic is fp32 inside, except that bf16 problems use the CPU's bf16 dot products
+where it has them: fp32 accumulation, each operand rounded once to bf16. Results do not depend on the number of threads,
+bit for bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from fastlora.backends import _cpu_library
+from fastlora.backends._cpu_library import ADAPTED, DTYPES, address, aligned, f32, moved
 from fastlora.dispatch import cost
-from fastlora.dispatch.registry import ALL_FLAGS, Kernel, Limits, register
+from fastlora.dispatch.registry import ALL_FLAGS, Kernel, register
 from fastlora.errors import DtypeError
 from fastlora.math import philox
 from fastlora.math.nf4 import NESTED_BLOCKSIZE, PackedWeight
-from fastlora.math.segments import Group, Segments
 from fastlora.problem import (
     DORA,
     DROPOUT,
@@ -35,10 +33,8 @@ from fastlora.problem import (
     SHARED,
     TRAIN,
     Problem,
-    base_drops,
 )
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KINDS = {"dense": 0, "nf4": 1, "fp4": 2}
 _MOST_FEW = 32  # tokens; the widest tier's kernels for few of them
 _HUGE = 4 << 20  # fresh tensors above this many bytes ask for huge pages
@@ -46,41 +42,10 @@ _HUGE = 4 << 20  # fresh tensors above this many bytes ask for huge pages
 WeightFields = tuple[int, int, int, int, int, int, int, int, int]
 
 
-@overload
-def _f32(t: Tensor) -> Tensor: ...
-@overload
-def _f32(t: None) -> None: ...
-def _f32(t: Tensor | None) -> Tensor | None:
-    """A small operand as contiguous fp32: itself where it is that already."""
-    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
-        return t
-    return t.float().contiguous()
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _aligned(t: Tensor | None, keep: list[Tensor]) -> int:
-    """Address of what is read in units of 4 bytes; a misaligned or strided part is copied into `keep` first."""
-    if t is None:
-        return 0
-    address = t.data_ptr()
-    if address % 4 or not t.is_contiguous():
-        t = _moved(t)
-        keep.append(t)
-        address = t.data_ptr()
-    return address
-
-
-def _moved(t: Tensor) -> Tensor:
-    return t.clone(memory_format=torch.contiguous_format)
-
-
 def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
     """The record's fields for a frozen weight; `keep` holds copies that must outlive the call."""
     if isinstance(weight, Tensor):
-        return (0, 0, _aligned(weight, keep), 0, 0, 0, 0, 0, 0)
+        return (0, 0, aligned(weight, keep), 0, 0, 0, 0, 0, 0)
     packed, scales, nested_absmax, nested_offset, code, quant_type, blocksize, _ = weight
     if not packed.is_contiguous():
         packed = packed.contiguous()
@@ -91,11 +56,11 @@ def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
             blocksize,
             0,
             packed.data_ptr(),
-            _aligned(scales, keep),
+            aligned(scales, keep),
             0,
             0,
             0,
-            _aligned(code, keep),
+            aligned(code, keep),
         )
     if not scales.is_contiguous():
         scales = scales.contiguous()
@@ -107,9 +72,9 @@ def _weight(weight: Tensor | PackedWeight, keep: list[Tensor]) -> WeightFields:
         packed.data_ptr(),
         0,
         scales.data_ptr(),
-        _aligned(nested_absmax, keep),
-        _aligned(nested_offset, keep),
-        _aligned(code, keep),
+        aligned(nested_absmax, keep),
+        aligned(nested_offset, keep),
+        aligned(code, keep),
     )
 
 
@@ -128,10 +93,10 @@ def quantize(problem: Problem, w: Tensor, quant_type: str, blocksize: int) -> tu
     if count:
         record = _cpu_library.pack(
             k=count,
-            dtype=_DTYPES[w.dtype],
+            dtype=DTYPES[w.dtype],
             tier=library.tier(),
             weight=(_KINDS[quant_type], blocksize, 0, 0, 0, 0, 0, 0, 0),
-            x=_aligned(w, keep),
+            x=aligned(w, keep),
             out_bytes=packed.data_ptr(),
             out_scales=absmax.data_ptr(),
         )
@@ -173,7 +138,7 @@ def dequantize(problem: Problem, weight: PackedWeight, dtype: torch.dtype, out: 
     if count:
         keep: list[Tensor] = []
         record = _cpu_library.pack(
-            k=count, dtype=_DTYPES[dtype], tier=library.tier(), weight=_weight(weight, keep), y=out.data_ptr()
+            k=count, dtype=DTYPES[dtype], tier=library.tier(), weight=_weight(weight, keep), y=out.data_ptr()
         )
         library.call("dequantize", record)
     return out
@@ -205,17 +170,17 @@ def dora_norm(problem: Problem, weight: Tensor | PackedWeight, a: Tensor, b: Ten
     library = _cpu_library.library()
     keep: list[Tensor] = []
     norm = torch.empty((problem.n,), dtype=torch.float32)
-    a32, b32 = _f32(a), _f32(b)
+    a32, b32 = f32(a), f32(b)
     record = _cpu_library.pack(
         n=problem.n,
         k=problem.k,
         r=problem.r,
-        dtype=_DTYPES[problem.dtype],
+        dtype=DTYPES[problem.dtype],
         tier=library.tier(),
         scale=float(scale),
         weight=_weight(weight, keep),
-        a=_aligned(a32, keep),
-        b=_aligned(b32, keep),
+        a=aligned(a32, keep),
+        b=aligned(b32, keep),
         out_scales=norm.data_ptr(),
     )
     library.call("dora_norm", record)
@@ -259,22 +224,22 @@ def lora_fwd(
     if not m:
         return y, h, mask, z
     keep: list[Tensor] = []
-    a32, b32, bias32, mag32, norm32 = _f32(a if r else None), _f32(b if r else None), None, None, None
+    a32, b32, bias32, mag32, norm32 = f32(a if r else None), f32(b if r else None), None, None, None
     places, outputs = (0, 0, 0), (y.data_ptr(), 0, 0, 0)  # of what most calls have none
     if bias is not None or dora:
-        bias32 = _f32(bias)
-        mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
-        places = (_address(bias32), _address(mag32), _address(norm32))
+        bias32 = f32(bias)
+        mag32, norm32 = (f32(mag), f32(norm)) if dora else (None, None)
+        places = (address(bias32), address(mag32), address(norm32))
     if train:
-        outputs = (outputs[0], _address(h), _address(mask), _address(z))
-    sizes = (m, n, k, r, _DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
-    operands = (x.data_ptr(), _address(a32), _address(b32), *places)
+        outputs = (outputs[0], address(h), address(mask), address(z))
+    sizes = (m, n, k, r, DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
+    operands = (x.data_ptr(), address(a32), address(b32), *places)
     if (operands[0] | operands[1] | operands[2] | operands[3] | operands[4] | operands[5]) % 4:
-        bias, mag, norm = (None if t is None else _moved(t) for t in (bias, mag, norm))
-        adapter = (_moved(a), _moved(b), scale, mag, norm)
-        return lora_fwd(problem, _moved(x), weight, bias, *adapter, seed, stream, p)
+        bias, mag, norm = (None if t is None else moved(t) for t in (bias, mag, norm))
+        adapter = (moved(a), moved(b), scale, mag, norm)
+        return lora_fwd(problem, moved(x), weight, bias, *adapter, seed, stream, p)
     record = _cpu_library.pack_fields(
-        *sizes, scale, keep_scale, _address(seed), *_weight(weight, keep), *operands, *outputs, 0, 0, 0, 0, 0, 0, 0, 0
+        *sizes, scale, keep_scale, address(seed), *_weight(weight, keep), *operands, *outputs, 0, 0, 0, 0, 0, 0, 0, 0
     )
     library.call("lora_fwd", record)
     return y, h, mask, z
@@ -310,16 +275,16 @@ def lora_bwd(
     dmag = dy.new_empty(n, dtype=torch.float32) if flags & NEED_DMAG else None
     dbias = dy.new_empty(n, dtype=torch.float32) if flags & NEED_DBIAS else None
     keep: list[Tensor] = []
-    a32, b32 = _f32(a), _f32(b)
-    mag32, norm32 = (_f32(mag), _f32(norm)) if dora else (None, None)
-    sizes = (m, n, k, r, _DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
-    operands = (_address(x), _address(a32), _address(b32), 0, _address(mag32), _address(norm32))
-    saved = (0, _address(h), _address(mask), _address(z), dy.data_ptr())
+    a32, b32 = f32(a), f32(b)
+    mag32, norm32 = (f32(mag), f32(norm)) if dora else (None, None)
+    sizes = (m, n, k, r, DTYPES[dtype], flags, torch.get_num_threads(), library.tier(), threshold, stream)
+    operands = (address(x), address(a32), address(b32), 0, address(mag32), address(norm32))
+    saved = (0, address(h), address(mask), address(z), dy.data_ptr())
     if (operands[0] | operands[1] | operands[2] | operands[4] | operands[5] | saved[4]) % 4:
-        x, mag, norm = (None if t is None else _moved(t) for t in (x, mag, norm))
-        adapter = (_moved(a), _moved(b), scale, mag, norm)
-        return lora_bwd(problem, _moved(dy), x, weight, *adapter, h, mask, z, seed, stream, p)
-    outputs = (_address(dx), _address(da), _address(db), _address(dmag), _address(dbias))
+        x, mag, norm = (None if t is None else moved(t) for t in (x, mag, norm))
+        adapter = (moved(a), moved(b), scale, mag, norm)
+        return lora_bwd(problem, moved(dy), x, weight, *adapter, h, mask, z, seed, stream, p)
+    outputs = (address(dx), address(da), address(db), address(dmag), address(dbias))
     record = _cpu_library.pack_fields(
         *sizes, scale, keep_scale, 0, *_weight(weight, keep), *operands, *saved, *outputs, 0, 0
     )
@@ -327,126 +292,6 @@ def lora_bwd(
     if a.dtype != torch.float32:
         da, db = (None if t is None else t.to(a.dtype) for t in (da, db))
     return dx, da, db, dmag, dbias
-
-
-# --- several adapters in one batch ------------------------------------------------------------------------------------
-
-
-def _members(group: Group, keep: list[Tensor], outputs: Sequence[tuple[int, int, int]] | None = None) -> bytes:
-    """A `struct Member` an adapter; `outputs`: addresses of da, db, dmag."""
-    if group.memo is not None:
-        known = [memo.get("cpu") for memo in group.memo]
-        if None not in known:
-            return b"".join(known)  # type: ignore[arg-type]
-    records = []
-    pack, none = _cpu_library.pack_member, (0, 0, 0)
-    for e, (a, b, scale, kind) in enumerate(zip(group.a, group.b, group.scales, group.kinds, strict=True)):
-        out = none if outputs is None else outputs[e]
-        places = a.data_ptr(), b.data_ptr()
-        if (places[0] | places[1]) % 4:
-            places = _aligned(a, keep), _aligned(b, keep)
-        if not kind & (DORA | DROPOUT):
-            records.append(pack(*places, 0, 0, scale, 1.0, b.shape[1], 0, 0, 0, 0, *out))
-            continue
-        mag, norm = (_f32(group.mag[e]), _f32(group.norm[e])) if kind & DORA else (None, None)
-        keep += [t for t in (mag, norm) if t is not None]
-        drops, p = bool(kind & DROPOUT), group.ps[e]
-        operands = (*places, _address(mag), _address(norm))
-        dropping = (philox.threshold(p), group.streams[e], 1, base_drops(kind)) if drops else (0, 0, 0, 0)
-        factors = (scale, philox.keep_scale(p) if drops else 1.0)
-        records.append(pack(*operands, *factors, b.shape[1], *dropping, *out))
-    if group.memo is not None and not keep and outputs is None:
-        for memo, record in zip(group.memo, records, strict=True):
-            memo["cpu"] = record
-    return b"".join(records)
-
-
-def _grouped_call(
-    op: str,
-    problem: Problem,
-    segments: Segments,
-    late: Tensor | None,
-    members: bytes,
-    seed: int = 0,
-    x: int = 0,
-    bias: int = 0,
-    y: int = 0,
-    h: int = 0,
-    mask: int = 0,
-    z: int = 0,
-    dy: int = 0,
-    dx: int = 0,
-) -> None:
-    """One call on a `struct Grouped`; addresses of `struct Args`."""
-    library = _cpu_library.library()
-    _, m, n, k, r, dtype, adapter_dtype, _, flags, _, groups = problem
-    sizes = (m, n, k, r, _DTYPES.get(dtype, 0), flags, torch.get_num_threads(), library.tier(), 0, 0, 0.0, 1.0, seed)
-    weight, rest = (0, 0, 0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0)
-    record = _cpu_library.pack_fields(*sizes, *weight, x, 0, 0, bias, 0, 0, y, h, mask, z, dy, dx, *rest)
-    order, offsets = segments.order.data_ptr(), segments.offsets.data_ptr()
-    adapters = _DTYPES.get(adapter_dtype, 0)
-    record += _cpu_library.pack_grouped(groups, adapters, order, offsets, 0, _address(late))
-    library.call(op, record + members)
-
-
-def grouped_mask(problem: Problem, segments: Segments, group: Group, seed: Tensor) -> Tensor:
-    """The keep bits of every row by its own adapter's stream and p: uint8 [m, ceil(k/8)]."""
-    mask = torch.zeros((problem.m, -(-problem.k // 8)), dtype=torch.uint8)
-    if mask.numel():
-        members = _members(group, [])
-        _grouped_call("grouped_mask", problem, segments, None, members, seed=seed.data_ptr(), mask=mask.data_ptr())
-    return mask
-
-
-def grouped_fwd(
-    problem: Problem,
-    x: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    group: Group,
-    segments: Segments,
-    mask: Tensor | None,
-    dropped: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Adds to y [m, n] in place; h fp32 [m, r] and z [m, n] where flags ask."""
-    train = problem.flags & TRAIN
-    h = x.new_zeros((problem.m, problem.r), dtype=torch.float32) if train else None
-    z = torch.zeros_like(y) if train and problem.flags & DORA else None
-    if problem.m:
-        keep: list[Tensor] = []
-        bias32 = _f32(bias)
-        members = _members(group, keep)
-        places = (_aligned(x, keep), _address(bias32), y.data_ptr(), _address(h), _address(mask), _address(z))
-        _grouped_call("grouped_fwd", problem, segments, dropped, members, 0, *places)
-    return h, z
-
-
-def grouped_bwd(
-    problem: Problem,
-    dy: Tensor,
-    x: Tensor | None,
-    group: Group,
-    segments: Segments,
-    h: Tensor | None,
-    mask: Tensor | None,
-    z: Tensor | None,
-    dx: Tensor | None,
-    dropped_dx: Tensor | None,
-) -> list[Tensor]:
-    """Adds to dx [m, k] in place; da and db of a's dtype, dmag fp32, of each adapter that asks."""
-    grads: list[Tensor] = []
-    outputs = []
-    for a, b, kind in zip(group.a, group.b, group.kinds, strict=True):
-        da = torch.empty_like(a) if kind & NEED_DA else None
-        db = torch.empty_like(b) if kind & NEED_DB else None
-        dmag = torch.empty((problem.n,), dtype=torch.float32) if kind & NEED_DMAG else None
-        grads += [t for t in (da, db, dmag) if t is not None]
-        outputs.append((_address(da), _address(db), _address(dmag)))
-    keep: list[Tensor] = []
-    members, given = _members(group, keep, outputs), (_address(h), _address(mask), _address(z))
-    places = (_aligned(x, keep), 0, 0, *given, _aligned(dy, keep), _address(dx))
-    _grouped_call("grouped_bwd", problem, segments, dropped_dx, members, 0, *places)
-    return grads
 
 
 def describe() -> str:
@@ -480,19 +325,9 @@ def _few_seconds(problem: Problem) -> float:
     return _seconds(problem, _FEW_COST) if fits else 2 * _tiled_seconds(problem)
 
 
-_FLOATS = frozenset(_DTYPES)
-_CPU = frozenset({"cpu"})
-_FORMAT = Limits(devices=_CPU, dtypes=_FLOATS, missing=_cpu_library.missing)
-_ANY = Limits(devices=_CPU, missing=_cpu_library.missing)
-_LAYER = Limits(
-    devices=_CPU,
-    dtypes=_FLOATS,
-    adapter_dtypes=_FLOATS,
-    formats=frozenset(_KINDS),
-    flags=ALL_FLAGS & ~LAZY_H,
-    missing=_cpu_library.missing,
-)
-
+_ANY = dataclasses.replace(ADAPTED, dtypes=None, adapter_dtypes=None)
+_FORMAT = dataclasses.replace(ADAPTED, adapter_dtypes=None)
+_LAYER = dataclasses.replace(ADAPTED, formats=frozenset(_KINDS), flags=ALL_FLAGS & ~LAZY_H)
 _FEW = dataclasses.replace(_LAYER, max_m=_MOST_FEW)
 _roofline = cost.roofline_seconds
 
@@ -507,8 +342,5 @@ for _op, _run, _limits, _predict, _plan in (
     ("lora_bwd", lora_bwd, _FEW, _few_seconds, "few"),
     ("lora_fwd", lora_fwd, _LAYER, _tiled_seconds, "tiled"),
     ("lora_bwd", lora_bwd, _LAYER, _tiled_seconds, "tiled"),
-    ("grouped_mask", grouped_mask, _ANY, _roofline, "direct"),
-    ("grouped_fwd", grouped_fwd, _LAYER, _roofline, "direct"),
-    ("grouped_bwd", grouped_bwd, _LAYER, _roofline, "direct"),
 ):
     register(Kernel(_op, "cpu", _run, _limits, _predict, _plan))

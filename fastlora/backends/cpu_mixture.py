@@ -14,28 +14,14 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import _cpu_library
-from fastlora.dispatch.registry import Kernel, Limits, register
-from fastlora.math.segments import Segments
+from fastlora.backends._cpu_library import ADAPTED, DTYPES, address, aligned
+from fastlora.dispatch.registry import Kernel, register
+from fastlora.math.segments import GatedExperts, Segments, Side
 from fastlora.problem import Problem
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTS = {"silu": 0, "gelu_tanh": 1}
 _pack_call = struct.Struct("=17q").pack  # `struct Mixture` between its Args and its sides
 _pack_side = struct.Struct("=2qd4q").pack
-
-Side = tuple[Tensor, Tensor, float]  # a [E, r, in], b [E, out, r], scale
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _aligned(t: Tensor, keep: list[Tensor]) -> int:
-    """Its address; a copy's where it is strided or not on a border of 4 bytes."""
-    if t.data_ptr() % 4 or not t.is_contiguous():
-        t = t.clone(memory_format=torch.contiguous_format)
-        keep.append(t)
-    return t.data_ptr()
 
 
 def _call(
@@ -51,28 +37,28 @@ def _call(
     """One call. shape: slots, out, act; inputs: x, dy, w, gate's and up's base, d_hidden; results: h, da, db a side."""
     library = _cpu_library.library()
     keep: list[Tensor] = []
-    x, dy, *between = (0 if t is None else _aligned(t, keep) for t in inputs)
+    x, dy, *between = (0 if t is None else aligned(t, keep) for t in inputs)
     slots, out, act = shape
     record = _cpu_library.pack(
         m=problem.m // slots,
         n=problem.n,
         k=problem.k,
         r=problem.r,
-        dtype=_DTYPES[problem.dtype],
+        dtype=DTYPES[problem.dtype],
         tier=library.tier(),
         x=x,
         dy=dy,
     )
     order, offsets = rows.order.data_ptr(), rows.offsets.data_ptr()
-    fixed = (slots, out, problem.groups, _DTYPES[problem.adapter_dtype], act, order, offsets)
-    record += _pack_call(*fixed, *between, *map(_address, outputs))
+    fixed = (slots, out, problem.groups, DTYPES[problem.adapter_dtype], act, order, offsets)
+    record += _pack_call(*fixed, *between, *map(address, outputs))
     for side, (h, da, db) in zip(sides, results, strict=True):
         if side is None:
             record += _pack_side(0, 0, 0.0, 0, 0, 0, 0)
             continue
         a, b, scale = side
-        places = _aligned(a, keep), _aligned(b, keep)
-        record += _pack_side(*places, scale, a.shape[1], _address(h), _address(da), _address(db))
+        places = aligned(a, keep), aligned(b, keep)
+        record += _pack_side(*places, scale, a.shape[1], address(h), address(da), address(db))
     library.call(op, record)
 
 
@@ -88,20 +74,10 @@ def _empty(side: Side | None, need_a: bool, need_b: bool) -> tuple[Tensor | None
 
 
 def mixture_fwd(
-    problem: Problem,
-    x: Tensor,
-    w: Tensor,
-    rows: Segments,
-    act: str,
-    bases: Sequence[Tensor],
-    sides: Sequence[Side | None],
-    out: int,
-    train: bool,
+    problem: Problem, given: GatedExperts, out: int, train: bool
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """x [T, k], w fp32 [T, S], bases c1 and c3 [T, n] -> fp32 hidden [T, n], what W2's adapters add [T, out], every h.
-
-    sides: gate, up and W2; h of each, fp32 [T S, r], under `train`.
-    """
+    """fp32 hidden [T, n], what W2's adapters add [T, out], and under `train` h of each side, fp32 [T S, r]."""
+    x, w, rows, act, bases, sides = given
     tokens, slots = w.shape
     hidden = torch.empty((tokens, problem.n), dtype=torch.float32)
     y = torch.zeros((tokens, out), dtype=torch.float32)
@@ -116,19 +92,15 @@ def mixture_fwd(
 def mixture_bwd(
     problem: Problem,
     dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    rows: Segments,
-    act: str,
-    bases: Sequence[Tensor],
+    given: GatedExperts,
     d_hidden: Tensor,
-    sides: Sequence[Side | None],
     hs: Sequence[Tensor | None],
     needs: Sequence[tuple[bool, bool]],
     need_x: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """dy [T, out], d_hidden = dy W2 -> fp32 d of c1 and c3 [T, n], the adapters' dx [T, k], dw; da, db a side."""
+    x, w, rows, act, bases, sides = given
     tokens, slots = w.shape
     d_gate, d_up = torch.empty((2, tokens, problem.n), dtype=torch.float32)
     dx = torch.zeros((tokens, problem.k), dtype=torch.float32) if need_x else None
@@ -175,13 +147,7 @@ def routed_bwd(
     return dw, da, db
 
 
-_LIMITS = Limits(
-    devices=frozenset({"cpu"}),
-    dtypes=frozenset(_DTYPES),
-    adapter_dtypes=frozenset(_DTYPES),
-    missing=_cpu_library.missing,
-)
-register(Kernel("mixture_fwd", "cpu", mixture_fwd, _LIMITS))
-register(Kernel("mixture_bwd", "cpu", mixture_bwd, _LIMITS))
-register(Kernel("routed_fwd", "cpu", routed_fwd, _LIMITS))
-register(Kernel("routed_bwd", "cpu", routed_bwd, _LIMITS))
+register(Kernel("mixture_fwd", "cpu", mixture_fwd, ADAPTED))
+register(Kernel("mixture_bwd", "cpu", mixture_bwd, ADAPTED))
+register(Kernel("routed_fwd", "cpu", routed_fwd, ADAPTED))
+register(Kernel("routed_bwd", "cpu", routed_bwd, ADAPTED))

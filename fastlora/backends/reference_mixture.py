@@ -14,10 +14,9 @@ from torch import Tensor
 from fastlora.dispatch import cost
 from fastlora.dispatch.registry import Kernel, Limits, register
 from fastlora.math.activations import activation
-from fastlora.math.segments import Segments
+from fastlora.math.segments import GatedExperts, Segments, Side
 from fastlora.problem import Problem
 
-Side = tuple[Tensor, Tensor, float]
 Grads = tuple[Tensor | None, Tensor | None]
 
 
@@ -41,17 +40,10 @@ def _delta(side: Side | None, h: Tensor | None, e: int, like: Tensor) -> Tensor:
 
 
 def mixture_fwd(
-    problem: Problem,
-    x: Tensor,
-    w: Tensor,
-    rows: Segments,
-    act: str,
-    bases: Sequence[Tensor],
-    sides: Sequence[Side | None],
-    out: int,
-    train: bool,
+    problem: Problem, given: GatedExperts, out: int, train: bool
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """hidden [T, n], y [T, out], every h."""
+    x, w, rows, act, bases, sides = given
     wide, (gate, up) = _wide(x), (_wide(c) for c in bases)
     hidden, y = torch.zeros_like(gate), gate.new_zeros((x.shape[0], out))
     hs = [None if side is None or not train else gate.new_zeros((w.numel(), side[0].shape[1])) for side in sides]
@@ -85,19 +77,15 @@ def _back(side: Side | None, h: Tensor | None, d: Tensor, v: Tensor, own: Tensor
 def mixture_bwd(
     problem: Problem,
     dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    rows: Segments,
-    act: str,
-    bases: Sequence[Tensor],
+    given: GatedExperts,
     d_hidden: Tensor,
-    sides: Sequence[Side | None],
     hs: Sequence[Tensor | None],
     needs: Sequence[tuple[bool, bool]],
     need_x: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Grads]]:
     """d of c1 and c3 [T, n], dx [T, k], dw [T, S]; da, db a side."""
+    x, w, rows, act, bases, sides = given
     wide, (gate, up), dy, d_hidden = _wide(x), (_wide(c) for c in bases), _wide(dy), _wide(d_hidden)
     d_gate, d_up, dx, dw = torch.zeros_like(gate), torch.zeros_like(up), torch.zeros_like(wide), torch.zeros_like(w)
     grads = [_empty(side, need) for side, need in zip(sides, needs, strict=True)]

@@ -64,6 +64,28 @@ class Group(NamedTuple):
         return [b.shape[1] for b in self.b]
 
 
+Side = tuple[Tensor, Tensor, float]  # one linear's experts: a [E, r, in], b [E, out, r], the scale
+
+
+class GatedExperts(NamedTuple):
+    """A mixture of E experts over a gated MLP, as its kernels take it both ways; T tokens, S slots.
+
+    Attributes:
+        x, w: [T, k] and the slots' weights fp32 [T, S].
+        rows: the T S slots by expert.
+        act: name of the activation.
+        bases: c1 and c3 [T, n], what the frozen gate and up make of x.
+        sides: of gate, up and W2; None where a linear has no adapters.
+    """
+
+    x: Tensor
+    w: Tensor
+    rows: Segments
+    act: str
+    bases: Sequence[Tensor]
+    sides: Sequence[Side | None]
+
+
 def segments(index: Tensor, groups: int) -> Segments:
     """Sort rows by adapter.
 

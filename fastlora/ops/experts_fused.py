@@ -1,10 +1,10 @@
 """Mixtures in one call a direction, where a backend has it, beside the frozen products: an MLP, which `ops.experts_mlp`
 composes otherwise, and a linear whose tokens go to few experts, which `ops.experts` forms for all of them otherwise.
 
-Kernel.run signatures; T tokens, S slots, E experts, k in, n the width of the hidden rows; a side is (a [E, r, in],
-b [E, out, r], scale) of gate, up and W2, or None where a linear has no adapters. problem: m = T S, r the largest rank.
-  mixture_fwd(problem, x, w, rows, act, bases, sides, out, train) -> hidden fp32 [T, n], y fp32 [T, out], every h
-  mixture_bwd(problem, dy, x, w, rows, act, bases, d_hidden, sides, hs, needs, need_x, need_w)
+Kernel.run signatures; T tokens, S slots, E experts, k in, n the width of the hidden rows; given is a `GatedExperts`, a
+side (a [E, r, in], b [E, out, r], scale). problem: m = T S, r the largest rank.
+  mixture_fwd(problem, given, out, train) -> hidden fp32 [T, n], y fp32 [T, out], every h
+  mixture_bwd(problem, dy, given, d_hidden, hs, needs, need_x, need_w)
       -> fp32 d of c1 and of c3 [T, n], dx [T, k], dw [T, S], and (da, db) a side; None where not needed
 For row p = t S + j of expert e, with bases c1, c3 [T, n] (bias inside):
   h1 = x_t A1^T, h3 = x_t A3^T; z = c_t + s h B^T; u = act(z1) * z3; h2 = u A2^T  (every h fp32 [T S, r], 0 without e)
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from fastlora import backends, settings
 from fastlora.dispatch import registry
 from fastlora.math.moe import Routing, scatter_gates
-from fastlora.math.segments import Segments, segments
+from fastlora.math.segments import GatedExperts, segments
 from fastlora.ops.experts import Frozen, base_backward, base_forward, gated_linear, put_together, take_apart
 from fastlora.ops.lora import _direct
 from fastlora.ops.schema import _run
@@ -44,8 +44,9 @@ class Mixture:
         self.problem, self.act, self.layers = problem, act, layers
         self.sides = [None if pair is None else (*pair, layer.scale) for pair, layer in zip(pairs, layers, strict=True)]
 
-    def _rows(self, experts: Tensor) -> Segments:
-        return segments(experts.reshape(-1), self.problem.groups)
+    def _given(self, x: Tensor, w: Tensor, experts: Tensor, cs: Sequence[Tensor]) -> GatedExperts:
+        rows = segments(experts.reshape(-1), self.problem.groups)
+        return GatedExperts(x, w, rows, self.act, cs, self.sides)
 
     def forward(
         self, x: Tensor, w: Tensor, experts: Tensor, train: int
@@ -54,9 +55,8 @@ class Mixture:
         gate, up, down = self.layers
         cs = [base_forward(x, gate), base_forward(x, up)]
         problem = self.problem._replace(flags=train)
-        out = down.weight.shape[0]
-        given = (x, w, self._rows(experts), self.act, cs, self.sides, out, bool(train))
-        hidden, y, hs = _run(problem, settings.current.backend, *given)
+        given, out = self._given(x, w, experts, cs), down.weight.shape[0]
+        hidden, y, hs = _run(problem, settings.current.backend, given, out, bool(train))
         y += base_forward(hidden.to(x.dtype), down, bias=False)
         if down.bias is not None:
             y += w.sum(-1, keepdim=True) * down.bias
@@ -77,8 +77,8 @@ class Mixture:
         need_x, need_w, *each = needs
         pairs = [(each[at], each[at + 1]) for at in range(0, len(each), 3)]
         problem = self.problem._replace(op="mixture_bwd", flags=NEED_DA | NEED_DB)
-        given = (self._rows(experts), self.act, cs, base_backward(dy, down), self.sides, hs, pairs, need_x, need_w)
-        d_gate, d_up, dx, dw, grads = _run(problem, settings.current.backend, dy, x, w, *given)
+        given = (dy, self._given(x, w, experts, cs), base_backward(dy, down), hs, pairs, need_x, need_w)
+        d_gate, d_up, dx, dw, grads = _run(problem, settings.current.backend, *given)
         if dx is not None:
             dx += base_backward(d_gate.to(x.dtype), gate)
             dx += base_backward(d_up.to(x.dtype), up)
