@@ -33,7 +33,8 @@ SCHEMA = 1
 RANK, ALPHA, RATE, CLIP = 16, 32, 1e-3, 1.0
 DROPOUTS = (0.0, 0.05)
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LOSS_BUDGET = 0.02  # between two implementations of the same model on the same batch
+LOSS_BUDGET = 0.02  # between two implementations of the same model on the same batch, in fp32
+FACTOR, LEAST = 3.0, 0.02  # in bf16: `near_fp32`
 OURS, PEFT, FLOOR = "fastlora", "peft", "frozen"
 IGNORE = -100
 
@@ -232,23 +233,71 @@ def _gradients(model: nn.Module, batch: Batch, compute: torch.dtype) -> tuple[fl
     return loss.item(), found
 
 
-def parity(ours: nn.Module, peft: nn.Module, batch: Batch, compute: torch.dtype) -> dict[str, Any]:
+def parity(
+    ours: nn.Module, peft: nn.Module, batch: Batch, compute: torch.dtype, fp32: tuple[float, float] | None = None
+) -> dict[str, Any]:
     """Both losses on one batch without dropout and, in fp32, how far the adapters' gradients are apart, norm-wise.
 
     In bf16 that distance says nothing: this model's first gradients are so sensitive that either library's lie about
-    their own norm away from the fp32 ones (fastlora 0.94, PEFT 1.02; 2026-11).
+    their own norm away from the fp32 ones (fastlora 0.94, PEFT 1.02; 2026-11). The losses are held to the fp32 one.
 
     Raises:
-        RuntimeError: the losses differ by more than the budget, or the gradients are not of the same parameters.
+        RuntimeError: a loss is too far away, or the gradients are not of the same parameters.
     """
     (loss, own), (other_loss, other) = (_gradients(model, batch, compute) for model in (ours, peft))
-    apart = gradients_apart((loss, other_loss), own, other, LOSS_BUDGET)
-    return {
-        "loss": loss,
-        "loss_peft": other_loss,
-        "adapters": len(own),
-        "gradient_difference": apart if compute == torch.float32 else None,
-    }
+    found = {"loss": loss, "loss_peft": other_loss, "adapters": len(own), "gradient_difference": None}
+    if fp32 is not None:
+        _check_names(own, other)
+        return found | near_fp32((loss, other_loss), fp32)
+    return found | {"gradient_difference": gradients_apart((loss, other_loss), own, other, LOSS_BUDGET)}
+
+
+def sensitivity(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    """The fp32 loss of a model, and how far it goes when adapted outputs are rounded up or down to bf16 at random."""
+    plain = plain_loss(model, batch, torch.float32)
+    generator = torch.Generator().manual_seed(3)
+
+    def move(layer: nn.Module, args: Any, y: Tensor) -> Tensor:
+        near = y.bfloat16()
+        side = torch.where(y > near, torch.inf, -torch.inf).to(torch.bfloat16)
+        other = torch.nextafter(near, side)
+        return torch.where(torch.rand(y.shape, generator=generator) < 0.5, near, other).to(y.dtype)
+
+    layers = [module for module in model.modules() if isinstance(module, fastlora.QLoraLinear)]
+    handles = [layer.register_forward_hook(move) for layer in layers]
+    moved = [abs(plain_loss(model, batch, torch.float32) - plain) for _ in range(2)]
+    for handle in handles:
+        handle.remove()
+    return plain, max(moved)
+
+
+def plain_loss(model: nn.Module, batch: Batch, compute: torch.dtype) -> float:
+    """Of one batch, without gradients."""
+    with torch.no_grad(), _autocast(compute):
+        return loss_of(model, batch).item()
+
+
+def near_fp32(losses: Sequence[float], fp32: tuple[float, float]) -> dict[str, float]:
+    """Hold bf16 losses to the fp32 loss, within `FACTOR` times what rounding alone moves it (or `LEAST`, which two
+    moves may undercut by luck): adoption's rule, with bf16's unit in place of fp32's.
+
+    Args:
+        losses: ours and PEFT's, in bf16.
+        fp32: the fp32 loss, and how far rounding moves it (`sensitivity`).
+
+    Raises:
+        RuntimeError: one is farther away.
+    """
+    want, moved = fp32
+    allowed = max(LEAST, FACTOR * moved)
+    if not all(abs(loss - want) <= allowed for loss in losses):
+        raise RuntimeError(f"parity failed: fp32 loss {want:.4f}, bf16 {losses} (ours, PEFT), allowed {allowed:.4f}")
+    return {"loss_fp32": want, "moved_by_rounding": moved, "allowed": allowed}
+
+
+def _check_names(own: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    if set(own) != set(other) or not own:
+        raise RuntimeError(f"{len(own)} of our parameters have gradients and {len(other)} of PEFT's, or other ones")
 
 
 def gradients_apart(
@@ -259,8 +308,7 @@ def gradients_apart(
     Raises:
         RuntimeError: the losses differ by more than the budget, or the gradients are not of the same parameters.
     """
-    if set(own) != set(other) or not own:
-        raise RuntimeError(f"{len(own)} of our parameters have gradients and {len(other)} of PEFT's, or other ones")
+    _check_names(own, other)
     loss, other_loss = losses
     if not abs(loss - other_loss) <= budget:
         raise RuntimeError(f"parity failed: loss {loss:.5f} here and {other_loss:.5f} with PEFT, budget {budget}")
@@ -279,7 +327,10 @@ def setting(model: nn.Module, batches: list[Batch], compute: str, options: Optio
         try:
             peft = build_peft(copy.deepcopy(model), ours, dtype)
             if found is None:
-                found = parity(ours, peft, batches[0], dtype)
+                fp32 = None
+                if dtype != torch.float32:
+                    fp32 = sensitivity(build_ours(copy.deepcopy(model), torch.float32, 0.0).train(), batches[0])
+                found = parity(ours, peft, batches[0], dtype, fp32)
             steps[f"{PEFT} {p}"] = trainer(peft, dtype)
         except Missing as error:
             reasons[PEFT] = str(error)

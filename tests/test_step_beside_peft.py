@@ -99,7 +99,20 @@ def test_results_say_what_they_were_measured_on():
     assert (report["schema"], report["mode"], report["model"]) == (bench.SCHEMA, "cpu", "SmolLM2-135M")
     assert report["adapter"]["layers"] == 210
     for entry in report["results"]:
-        assert abs(entry["parity"]["loss"] - entry["parity"]["loss_peft"]) <= bench.LOSS_BUDGET
+        found = entry["parity"]
+        losses = [found["loss"], found["loss_peft"]]
+        if entry["compute"] == "bf16":
+            bench.near_fp32(losses, (found["loss_fp32"], found["moved_by_rounding"]))
+        else:
+            assert abs(losses[0] - losses[1]) <= bench.LOSS_BUDGET
+
+
+def test_bf16_losses_are_held_to_the_fp32_one():
+    assert bench.near_fp32([2.05, 1.97], (2.0, 0.02))["allowed"] == pytest.approx(0.06)
+    assert bench.near_fp32([2.019], (2.0, 0.0))["allowed"] == bench.LEAST
+    for losses in ([2.07, 2.0], [2.0, 1.93], [float("nan"), 2.0]):
+        with pytest.raises(RuntimeError, match="parity failed: fp32 loss 2.0000"):
+            bench.near_fp32(losses, (2.0, 0.02))
 
 
 # --- the README's picture ---------------------------------------------------------------------------------------------
