@@ -87,17 +87,17 @@ def compare(model: nn.Module, batches: list[Batch], kind: str, group: bool = Fal
     """
     started = time.perf_counter()
     with runs.threads(1):
-        want = runs.losses(runs.with_our_masks(adapted(model, kind)), batches, loss_of, RATE)
+        want = runs.losses(runs.with_our_masks(adapted(model, kind)), batches, loss_of, RATE, f"{kind}: PEFT")
         moved = runs.with_our_masks(adapted(model, kind))
         with runs.nudged(moved):
-            nudge = runs.losses(moved, batches, loss_of, RATE)
+            nudge = runs.losses(moved, batches, loss_of, RATE, f"{kind}: PEFT, moved")
         ours = fastlora.accelerate(adapted(model, kind), strict=True, group=batches[0].ids if group else False)
-        got = runs.losses(ours, batches, loss_of, RATE)
+        got = runs.losses(ours, batches, loss_of, RATE, f"{kind}: accelerated")
         report = fastlora.report(ours)
     if report.left:
         raise RuntimeError(f"{kind}: left to PEFT: {report.left}")
     with runs.threads(2):
-        two = runs.losses(runs.with_our_masks(adapted(model, kind)), batches, loss_of, RATE)
+        two = runs.losses(runs.with_our_masks(adapted(model, kind)), batches, loss_of, RATE, f"{kind}: 2 threads")
     allowed, found = runs.allowance(want, two, nudge), runs.distances(want, got)
     if allowed[-1] == 0.0:
         raise RuntimeError(f"{kind}: PEFT's three runs are equal to the bit: no measure")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from fastlora import functional
 from fastlora.math import philox
@@ -94,13 +95,15 @@ def quantized(model: Any, quant: str = "nf4", nested: bool = True, compute: torc
     return model.eval()
 
 
-def losses(model: nn.Module, batches: Iterable[Any], loss_of: Callable[[Any, Any], Tensor], lr: float) -> list[float]:
-    """The loss of every step of a seeded AdamW run, one step a batch."""
+def losses(
+    model: nn.Module, batches: Iterable[Any], loss_of: Callable[[Any, Any], Tensor], lr: float, label: str = ""
+) -> list[float]:
+    """The loss of every step of a seeded AdamW run, one step a batch; a label shows progress on a terminal."""
     torch.manual_seed(2)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     found = []
-    for batch in batches:
+    for batch in tqdm(batches, label, disable=None if label else True, leave=False, unit="step"):
         loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
