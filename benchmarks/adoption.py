@@ -6,9 +6,12 @@ Each kind of adapter trains four times on the same batches of the demo's text, w
 thread (the reference), on two threads, with a random half of every adapted output moved by one unit in its last place,
 and accelerated. At every step the accelerated loss may differ from the reference by 3 times the largest difference that
 PEFT's other two runs have shown up to that step. With dropout, PEFT drops by our masks and scale, since the streams of
-the two differ. Adapters are fp32, and so is compute but where a kind says bf16 (under autocast, as PEFT trains in 16
-bits); the loss is taken in float64, so that its own rounding hides nothing. `--group` also groups the layers that share
-an input and fuses the gated MLPs: `GROUPED` kinds, rank 16, files `grouped.json` and `grouped.png`.
+the two differ. The loss is taken in float64, so that its own rounding hides nothing.
+
+Adapters are fp32, and so is compute, but where a kind says bf16 (under autocast, as PEFT trains in 16 bits). What is
+rounded to bf16, and how often, differs between the two; so both are also compared with PEFT's fp32 losses, which tells
+who is nearer to what is meant. `--group` also groups the layers that share an input and fuses the gated MLPs: `GROUPED`
+kinds, rank 16, files `grouped.json` and `grouped.png`.
 
 The whole takes some forty minutes of one core. SmolLM2 has no biases in its linears, so `bias="all"` has nothing to
 train here: tests/test_accelerate_training.py runs it on a model that has.
@@ -17,6 +20,7 @@ train here: tests/test_accelerate_training.py runs it on a model that has.
 from __future__ import annotations
 
 import copy
+import statistics
 import sys
 import time
 import warnings
@@ -54,6 +58,7 @@ GROUPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "nf4 nested, dora": ({"nested": True}, {"use_dora": True}),
     "nf4 nested, bf16": ({"nested": True, "compute": torch.bfloat16}, {}),
 }
+IN_FP32 = {"nf4 nested, bf16": "nf4 nested"}
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
@@ -118,6 +123,16 @@ def compare(model: nn.Module, batches: list[Batch], kind: str, group: bool = Fal
     }
 
 
+def add_distance_from_fp32(results: list[dict[str, Any]]) -> None:
+    """To each kind in bf16: how far its runs, and PEFT's, are from PEFT's losses in fp32 (mean and largest)."""
+    by_kind = {entry["kind"]: entry["losses"] for entry in results}
+    for entry in results:
+        exact = by_kind.get(IN_FP32.get(entry["kind"], ""))
+        if exact is not None:
+            far = {name: runs.distances(exact["peft"], entry["losses"][name]) for name in ("accelerated", "peft")}
+            entry["from_fp32"] = {name: {"mean": statistics.mean(d), "largest": max(d)} for name, d in far.items()}
+
+
 def measure(kinds: Sequence[str], steps: int, tiny: bool, group: bool = False) -> dict[str, Any]:
     """Everything, as JSON types; says on stderr how far it is."""
     started = time.perf_counter()
@@ -126,6 +141,7 @@ def measure(kinds: Sequence[str], steps: int, tiny: bool, group: bool = False) -
     for kind in kinds:
         results.append(compare(model, [batches[step % len(batches)] for step in range(steps)], kind, group))
         print(f"{kind}: {results[-1]['seconds']} s", file=sys.stderr, flush=True)
+    add_distance_from_fp32(results)
     return {
         "schema": SCHEMA,
         "mode": "tiny" if tiny else "cpu",
@@ -151,14 +167,18 @@ def table(report: dict[str, Any]) -> str:
         lines.append(
             f"{entry['kind']:<32}{entry['steps']:>6}{fell:>18}{cells}{entry['share_of_allowance']:>12.2f}{verdict}"
         )
+        if far := entry.get("from_fp32"):
+            told = "; ".join(f"{name} {d['mean']:.3f}, {d['largest']:.3f}" for name, d in far.items())
+            lines.append(f"  from PEFT's fp32 losses, mean and largest: {told}")
     return "\n".join(lines)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Both loss curves above, their difference and the allowance below, a column a kind."""
-    results, columns = report["results"], 4
+    results = report["results"]
+    columns = min(4, len(results))
     rows = -(-len(results) // columns)
-    figure = plots.figure(12.5, 4.4 * rows, 110)
+    figure = plots.figure(max(9.0, 3.1 * columns), 4.4 * rows, 110)
     grid = figure.add_gridspec(2 * rows, columns)
     for place, entry in enumerate(results):
         row, column = divmod(place, columns)

@@ -183,7 +183,15 @@ def adoption(found: dict[str, Any]) -> str:
         f"allowed difference is {found['factor']:g} times what PEFT differs from itself; the share is the worst step's."
     )
     head = ["kind", "steps", "layers", "largest difference", "largest allowed", "worst share", "within"]
-    return f"{lead}\n\n{table(head, rows)}"
+    text = f"{lead}\n\n{table(head, rows)}"
+    for line in found["results"]:
+        if far := line.get("from_fp32"):
+            ours, peft = far["accelerated"], far["peft"]
+            text += (
+                f"\n\n{line['kind']}, from PEFT's fp32 losses: accelerated {ours['mean']:.3f} on average and "
+                f"{ours['largest']:.3f} at most, PEFT {peft['mean']:.3f} and {peft['largest']:.3f}."
+            )
+    return text
 
 
 def block(found: dict[str, Any]) -> str:

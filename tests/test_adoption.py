@@ -42,6 +42,9 @@ def test_grouped_kinds_run_grouped(tmp_path):
     assert report["adapter"]["r"] == adoption.GROUPED_RANK
     assert all(entry["layers_grouped"] == 12 for entry in report["results"])  # all but o_proj, in two layers
     assert all(0 < entry["largest_allowed"] < 1e-2 for entry in report["results"])
+    far = report["results"][2]["from_fp32"]
+    assert 0 < far["accelerated"]["mean"] <= far["accelerated"]["largest"] < 1e-2
+    assert "from_fp32" not in report["results"][0]
 
 
 def test_kinds_are_of_their_way(tmp_path, capsys):
