@@ -138,9 +138,9 @@ def randomize(model: nn.Module, kind: str, std: float) -> None:
             parameter.data.normal_(std=std, generator=generator)
 
 
-def build_ours(model: nn.Module, compute: torch.dtype, p: float, dora: bool = False) -> nn.Module:
-    """The model with our NF4 layers and a random B."""
-    config = fastlora.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=p, use_dora=dora, init_seed=0)
+def build_ours(model: nn.Module, compute: torch.dtype, **fields: Any) -> nn.Module:
+    """The model with our NF4 layers and a random B; fields of the adapter's config."""
+    config = fastlora.LoraConfig(r=RANK, lora_alpha=ALPHA, init_seed=0, **fields)
     fastlora.convert(model.to(compute), config, quantize="nf4", double_quant=True, progress=False)
     randomize(model, "lora_B", 0.01)
     return model
@@ -211,16 +211,21 @@ def frozen(model: nn.Module, compute: torch.dtype) -> Callable[[Batch], float]:
 # --- parity and time --------------------------------------------------------------------------------------------------
 
 
-def _gradients(model: nn.Module, batch: Batch, compute: torch.dtype) -> tuple[float, dict[str, Tensor]]:
-    """The loss without dropout, and each adapter's gradient under a name that both libraries share.
+def undropped(model: nn.Module) -> nn.Module:
+    """The model in training mode, but for dropout, and our layers, which draw their own.
 
-    In training mode: in evaluation bitsandbytes repacks its weights for bf16 products on CPUs that have them, and
-    keeps them so. Only dropout, and our layers, which draw their own, are in evaluation.
+    Not in evaluation, where bitsandbytes repacks its weights for bf16 products on CPUs that have them, and keeps them.
     """
     model.train()
     for module in model.modules():
         if isinstance(module, (nn.Dropout, fastlora.QLoraLinear)):
             module.eval()
+    return model
+
+
+def _gradients(model: nn.Module, batch: Batch, compute: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+    """The loss without dropout, and each adapter's gradient under a name that both libraries share."""
+    undropped(model)
     with _autocast(compute):
         loss = loss_of(model, batch)
     loss.backward()
@@ -323,13 +328,13 @@ def setting(model: nn.Module, batches: list[Batch], compute: str, options: Optio
     reasons: dict[str, str] = {}
     found: dict[str, Any] | None = None
     for p in options.dropouts:
-        ours = build_ours(copy.deepcopy(model), dtype, p)
+        ours = build_ours(copy.deepcopy(model), dtype, lora_dropout=p)
         try:
             peft = build_peft(copy.deepcopy(model), ours, dtype)
             if found is None:
                 fp32 = None
                 if dtype != torch.float32:
-                    fp32 = sensitivity(build_ours(copy.deepcopy(model), torch.float32, 0.0).train(), batches[0])
+                    fp32 = sensitivity(build_ours(copy.deepcopy(model), torch.float32).train(), batches[0])
                 found = parity(ours, peft, batches[0], dtype, fp32)
             steps[f"{PEFT} {p}"] = trainer(peft, dtype)
         except Missing as error:

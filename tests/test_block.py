@@ -67,7 +67,7 @@ def test_parity_fails_where_the_models_differ():
     model = block.tinyllama(tiny=True)
     ids = torch.randint(0, 96, (256,), generator=torch.Generator().manual_seed(0))
     (batch,) = block.cut(ids, (2, 8), 1)
-    ours = block.build(block.tinyllama(tiny=True), torch.float32, False, batch.ids)
+    ours = block.build(block.tinyllama(tiny=True), torch.float32, batch.ids)
     peft = block.steps.build_peft(model, ours, torch.float32)
     assert block.parity(ours, peft, batch, torch.float32, None)["gradients_apart"] < 1e-5
     with torch.no_grad():

@@ -51,7 +51,7 @@ def test_fp32_losses_and_gradients_are_pefts(report):
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_another_adapter_fails_parity(model_and_batches, p):
     model, batches = model_and_batches
-    ours = bench.build_ours(copy.deepcopy(model), torch.float32, p)
+    ours = bench.build_ours(copy.deepcopy(model), torch.float32, lora_dropout=p)
     peft = bench.build_peft(copy.deepcopy(model), ours, torch.float32)
     bench.parity(ours, peft, batches[0], torch.float32)
     for name, parameter in peft.named_parameters():
@@ -63,7 +63,7 @@ def test_another_adapter_fails_parity(model_and_batches, p):
 
 def test_a_step_trains_the_adapter_and_nothing_else(model_and_batches):
     model, batches = model_and_batches
-    ours = bench.build_ours(copy.deepcopy(model), torch.float32, 0.0)
+    ours = bench.build_ours(copy.deepcopy(model), torch.float32)
     before = {name: value.clone() for name, value in ours.state_dict().items()}
     step = bench.trainer(ours, torch.float32)
     losses = [step(batches[0]) for _ in range(20)]
