@@ -314,26 +314,27 @@ def table(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Seconds a step and the adapters' memory as bars."""
     results = report["results"]
-    figure = plots.figure(12, 6.4, 110)
+    figure = plots.figure(12, 1.6 + 0.46 * len(results), 110)
     looks = (
         (PEFT, "PEFT + bitsandbytes", "#9db4c8"),
         (OURS, "fastlora, grouped", "#2e7d32"),
         (FLOOR, "frozen dense model", "#d7d7d7"),
     )
-    above, below = figure.subplots(2, 1, sharex=True)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for place, (name, label, colour) in enumerate(looks):
         at = (place, len(looks))
-        plots.bars(above, at, [entry["seconds"].get(name) for entry in results], color=colour, label=label)
+        plots.bars(left, at, [entry["seconds"].get(name) for entry in results], lying=True, color=colour, label=label)
         if name != FLOOR:
             kept = [entry["memory"]["adapters"].get(name, 0) / 1e6 for entry in results]
-            plots.bars(below, at, kept, ".0f", color=colour, label=label)
-    below.set_xticks(range(len(results)), [f"{e['model']}\n{e['shape']}\n{e['setting']}" for e in results], fontsize=8)
-    above.set_ylabel("seconds a step")
-    below.set_ylabel("kept for the backward beyond\nthe frozen model's, MB")
-    for axes in (above, below):
-        axes.margins(y=0.14)
-    above.legend(frameon=False, fontsize=9)
-    above.set_title(
+            plots.bars(right, at, kept, ".0f", lying=True, color=colour, label=label)
+    left.set_yticks(range(len(results)), [f"{e['model']} {e['shape']}, {e['setting']}" for e in results], fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel("seconds a step")
+    right.set_xlabel("kept for the backward beyond the frozen model's, MB")
+    for axes in (left, right):
+        axes.margins(x=0.1, y=0.01)
+    left.legend(frameon=False, fontsize=9)
+    left.set_title(
         f"{plots.caution(report)}one training step, NF4, rank {RANK}; {plots.machine(report)}",
         fontsize=10,
         loc="left",

@@ -46,17 +46,23 @@ def machine(report: dict[str, Any]) -> str:
 
 
 def bars(
-    axes: Any, at: tuple[int, int], values: Sequence[float | None], form: str = ".2f", size: int = 7, **looks: str
+    axes: Any,
+    at: tuple[int, int],
+    values: Sequence[float | None],
+    form: str = ".2f",
+    size: int = 7,
+    lying: bool = False,
+    **looks: str,
 ) -> None:
-    """One of several series of bars side by side, a group an index, their values above; "-" where there is none.
+    """One of several series of bars side by side, a group an index, their values at the end; "-" where there is none.
 
     Args:
         at: which of the series this is, and how many there are.
-        form, size: of the values. looks: label and color.
+        form, size: of the values. lying: from left to right. looks: label and color.
     """
     (place, count), pitch = at, 0.81 / at[1]
     spots = [group + pitch * (place - (count - 1) / 2) for group in range(len(values))]
-    drawn = axes.bar(spots, [value or 0.0 for value in values], 0.92 * pitch, **looks)
+    drawn = (axes.barh if lying else axes.bar)(spots, [value or 0.0 for value in values], 0.92 * pitch, **looks)
     axes.bar_label(drawn, ["-" if value is None else format(value, form) for value in values], fontsize=size, padding=2)
     axes.spines[["top", "right"]].set_visible(False)
 
