@@ -172,13 +172,25 @@ def share_of_products(step: Any, batch: Batch) -> float:
     return sum(spent.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm")) / sum(spent.values())
 
 
-def least_seconds(work: float, frozen: float, share: float, rate: float) -> float:
-    """Of a step: its products at the best rate, the given one or the frozen model's own, and the rest of frozen's."""
-    return work / max(rate, work / (frozen * share)) + frozen * (1 - share)
+def settle(results: list[dict[str, Any]], rates: dict[str, float]) -> None:
+    """Raise the rates to the best that anybody shows in any setting, then give every setting its bound.
+
+    The rest of a step is what the frozen model does beside its products; what a contender takes beyond that is taken
+    for its products.
+    """
+    for entry in results:
+        kind, frozen = entry["compute"], entry["seconds"][FLOOR]
+        entry["rest_seconds"] = rest = frozen * (1 - entry["products"]["share_of_frozen"])
+        for name in (FLOOR, OURS):
+            spent = max(entry["seconds"][name] - rest, 0.25 * frozen)  # never from the noise of a tiny run
+            rates[kind] = max(rates[kind], entry["products"]["flops"] / spent)
+    for entry in results:
+        least = entry["least_seconds"] = entry["products"]["flops"] / rates[entry["compute"]] + entry["rest_seconds"]
+        entry["bound"] = entry["seconds"][PEFT] / least if PEFT in entry["seconds"] else None
 
 
 def setting(
-    name: str, model: nn.Module, batches: list[Batch], fp32: Any, rates: dict[str, float], options: argparse.Namespace
+    name: str, model: nn.Module, batches: list[Batch], fp32: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One compute dtype and method on one model and shape."""
     kind, fields = SETTINGS[name]
@@ -199,16 +211,14 @@ def setting(
     times = timing.in_turns(trainers, [(batch,) for batch in batches], options.rounds, warm=options.warm)
     seconds = {each: statistics.median(values) for each, values in times.items()}
     work, share = flops(floor, batches[0]), share_of_products(trainers[FLOOR], batches[0])
-    least = least_seconds(work, seconds[FLOOR], share, rates[str(compute).removeprefix("torch.")])
     frozen_over_ours = timing.ratio(times[FLOOR], times[OURS])
     report = fastlora.report(ours)
     return {
         "setting": name,
+        "compute": str(compute).removeprefix("torch."),
         "seconds": seconds,
         "peft_over_fastlora": timing.ratio(times.get(PEFT, ()), times[OURS]),
         "goal": GOALS[kind, fields.get("use_dora", False)],
-        "bound": seconds[PEFT] / least if PEFT in seconds else None,
-        "least_seconds": least,
         "products": {"flops": work, "share_of_frozen": share},
         "fastlora_over_frozen": 1 / frozen_over_ours,  # type: ignore[operator]
         "rounds": len(times[OURS]),
@@ -251,9 +261,10 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
                 fp32 = steps.sensitivity(judge, batches[0])
                 del judge
             for each in chosen.settings:
-                entry = setting(each, model, batches, fp32, rates, chosen)
+                entry = setting(each, model, batches, fp32, chosen)
                 results.append({"model": name, "shape": shape} | entry)
                 print(f"{name} {shape} {each}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    settle(results, rates)
     return {
         "schema": SCHEMA,
         "mode": "tiny" if chosen.tiny else "cpu",

@@ -57,10 +57,20 @@ def test_tiny_run(tmp_path, capsys):
     assert "tinyllama 8x64 bf16" in capsys.readouterr().out
 
 
-def test_least_time_of_a_step():
-    # 0.8 of 10 s are products of 100 flop at 12.5 flop/s; somebody shows 25, nobody slower counts.
-    assert block.least_seconds(100.0, 10.0, 0.8, 25.0) == pytest.approx(4.0 + 2.0)
-    assert block.least_seconds(100.0, 10.0, 0.8, 5.0) == pytest.approx(10.0)
+def test_the_bound_of_a_step():
+    def entry(frozen, ours, peft):
+        seconds = {FLOOR: frozen, OURS: ours, PEFT: peft}
+        return {"compute": "float32", "seconds": seconds, "products": {"flops": 100.0, "share_of_frozen": 0.8}}
+
+    # 2 of its 10 s frozen does not multiply, the rest at 12.5 flop/s; in the other setting we do at 100 / (7 - 2) = 20.
+    results, rates = [entry(10.0, 12.0, 14.0), entry(10.0, 7.0, 14.0)], {"float32": 5.0}
+    block.settle(results, rates)
+    assert rates["float32"] == pytest.approx(20.0)
+    assert [each["least_seconds"] for each in results] == pytest.approx([7.0, 7.0])
+    assert [each["bound"] for each in results] == pytest.approx([2.0, 2.0])
+    rates = {"float32": 50.0}
+    block.settle(results, rates)
+    assert [each["bound"] for each in results] == pytest.approx([3.5, 3.5])
 
 
 def test_parity_fails_where_the_models_differ():
