@@ -10,6 +10,7 @@ downloaded; put your own in its place. The adapter is saved in PEFT's format by 
 from __future__ import annotations
 
 import argparse
+import gc
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if gpu else "gloo")
     train(options, gpu)  # a function of its own: the model must be gone before the group it communicates through
+    gc.collect()  # and so must the cycles that a sharded model consists of
     dist.destroy_process_group()
 
 

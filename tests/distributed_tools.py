@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -85,8 +87,13 @@ def _start(rank: int, world: int, folder: str, function: Callable[..., Any], arg
     try:
         result = function(rank, world, *args)
     finally:
+        gc.collect()  # sharded models are cycles: what is left of them must be gone before their group
         dist.destroy_process_group()
     torch.save(result, pathlib.Path(folder, f"result-{rank}.pt"))
+    # Threads of gloo that still hold tensors abort the process if they meet the interpreter's end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_world(world: int, folder: pathlib.Path, function: Callable[..., Any], *args: Any) -> list[Any]:
